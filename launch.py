@@ -1,9 +1,10 @@
 """Runs inside the host's Python: makes the host importable and loads the pack into it.
 
-`run.py` starts it as `launch.py MODE ...`; tests import it. Importing it does nothing. Needs COMFYUI_PATH in the environment.
+`run.py` starts it as `launch.py MODE ...`; tests import it. Importing it does nothing. The environment says where the
+host is (COMFYUI_PATH) and, if it is to last, the folder for what the host writes (LODESTAR_BASE).
 
-The pack is always one package, `lodestar`. When the host loads the repository under the name it makes up from the folder's path, the
-submodules it imports are those of `lodestar`, so that no module exists twice.
+The pack is always one package, `lodestar`. When the host loads the repository under the name it makes up from the
+folder's path, the submodules it imports are those of `lodestar`, so that no module exists twice.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-# ----------------------------------------------------------------------------------------------------------------------- for scripts, tests
+# --------------------------------------------------------------------------------------------------- for scripts, tests
 
 
 @functools.cache
@@ -78,7 +79,7 @@ def load_host() -> Path:
 
 @functools.cache
 def alias_pack_without_host() -> ModuleType:
-    """Import this repository as the package `lodestar`, wherever it lies and whatever its folder is called. Loads no host."""
+    """Import this repository as the package `lodestar`, whatever its folder is called. Needs no host."""
     from hosting import PACK
 
     spec = importlib.util.spec_from_file_location(PACK, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
@@ -90,7 +91,7 @@ def alias_pack_without_host() -> ModuleType:
 
 @functools.cache
 def load_pack() -> ModuleType:
-    """Have the host's own loader load this repository: its nodes are then in `nodes.NODE_CLASS_MAPPINGS`. Returns `lodestar`."""
+    """Have the host load this repository, so that its nodes are in `nodes.NODE_CLASS_MAPPINGS`. Returns `lodestar`."""
     load_host()
     pack = alias_pack_without_host()
     link = default_base() / "custom_nodes" / pack.__name__
@@ -128,7 +129,7 @@ def host_path() -> Path:
 
 @functools.cache
 def default_base() -> Path:
-    """The folder for the host's input, output, user and temp folders: $LODESTAR_BASE, else one for this process, removed at its end."""
+    """The folder that the host may write to: $LODESTAR_BASE, else one for this process, removed at its end."""
     if "LODESTAR_BASE" in os.environ:
         return Path(os.environ["LODESTAR_BASE"])
     from serving import temporary_base
@@ -159,7 +160,7 @@ def warnings_of_host() -> Iterator[list[str]]:
         logging.getLogger().removeHandler(handler)
 
 
-# --------------------------------------------------------------------------------------------------------------------------------- modes
+# ---------------------------------------------------------------------------------------------------------------- modes
 
 
 def run_host(options: Sequence[str]) -> None:
@@ -200,7 +201,7 @@ def run_script(file: str, *args: str) -> None:
 
 
 def settle_path() -> None:
-    """This repository's root goes to the end of the path: the host has modules of the same names (`nodes`), and they come first."""
+    """Put this repository's root at the end of the path: the host has a module `nodes` too, and that comes first."""
     sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve() != ROOT]
     extra = os.environ.get("PYTHONPATH", "").split(os.pathsep)  # some builds of Python for Windows ignore it
     sys.path += [entry for entry in extra if entry and entry not in sys.path]

@@ -1,4 +1,4 @@
-"""Run the host's real server as a child process, with this repository as its only custom node. Standard library only."""
+"""Run the host's real server as a child process, this repository its only custom node. Standard library only."""
 
 from __future__ import annotations
 
@@ -20,14 +20,8 @@ from pathlib import Path
 
 from hosting import PACK, ROOT, SetupError, cache_root
 
-DEVICES = (
-    "nvidiactl",
-    "dxg",
-    "kfd",
-    "dri",
-    "davinci_manager",
-    "accel",
-)  # /dev entries without which Linux has no accelerator
+# Linux has an accelerator only with one of these in /dev.
+DEVICES = ("nvidiactl", "dxg", "kfd", "dri", "davinci_manager", "accel")
 NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -53,16 +47,17 @@ def server(
 ) -> Iterator[ServerAddress]:
     """Start the host's server with the pack, yield its base URL once it answers, and stop it in the end.
 
-    comfy_path, python: the host and the Python that runs it. Left out, those that this process runs with (below `run.py`).
+    comfy_path, python: the host and the Python that runs it. Left out, those this process runs with (below `run.py`).
     extra_args: more of the host's own command line options.
-    checkpoints: files from anywhere, which CheckpointLoaderSimple then offers under the names `checkpoint_names(checkpoints)`.
-    base: folder for the host's input, output, user and temp folders. Left out, a temporary one, removed in the end.
-    port: left out, a free one. The server listens on the loopback address only, loads no other custom nodes and no API nodes.
+    checkpoints: files from anywhere, offered by CheckpointLoaderSimple as `checkpoint_names(checkpoints)`.
+    base: folder for what the host writes, kept. Left out, a temporary one, removed in the end.
+    port: left out, a free one. The server listens on the loopback address only.
     echo: copy the server's log to standard output as well.
     boot_seconds: how long it may take until it answers.
 
-    The value yielded is a string with the attributes `process`, `log` (a file) and `base` (a folder, with `output` in it). A server that
-    dies before it answers raises RuntimeError with the end of its log. It ends with this process, however this process ends.
+    The value yielded is a string with the attributes `process`, `log` (a file) and `base` (a folder with `output` in
+    it). A server that does not come up raises RuntimeError with the end of its log. The server has no other custom
+    nodes and no API nodes, and ends with this process, however this process ends.
     """
     comfy = Path(comfy_path or os.environ["COMFYUI_PATH"])
     if port and not port_is_free(port):
@@ -92,7 +87,7 @@ def server(
         yield address
 
 
-# -------------------------------------------------------------------------------------------------------------------------- base folder
+# ---------------------------------------------------------------------------------------------------------- base folder
 
 
 @contextlib.contextmanager
@@ -115,7 +110,7 @@ def remove_base(base: Path) -> None:
 
 
 def prepare_base(base: Path) -> Path:
-    """Make `base` a folder that the host can use for everything it writes, and this repository the custom node in it. Returns the node."""
+    """Make `base` a folder for the host to write to, with this repository as a custom node; returns the node's path."""
     for name in ("models", "custom_nodes", "input", "output", "temp", "user"):
         (base / name).mkdir(parents=True, exist_ok=True)
     link = base / "custom_nodes" / PACK
@@ -140,7 +135,7 @@ def unlink(link: Path) -> None:
 
 
 def checkpoint_names(files: Sequence[Path]) -> list[str]:
-    """The names under which a server started with `checkpoints=files` offers them: their own, numbered where two are alike."""
+    """The names under which a server with these `checkpoints` offers them: their own, numbered where two are alike."""
     names: list[str] = []
     for number, file in enumerate(files, 1):
         names.append(f"{number}-{file.name}" if file.name in names else file.name)
@@ -160,11 +155,11 @@ def link_checkpoints(files: Sequence[Path], base: Path) -> None:
                     raise
 
 
-# --------------------------------------------------------------------------------------------------------------------------- host options
+# --------------------------------------------------------------------------------------------------------- host options
 
 
 def host_options(comfy: Path, base: Path, accelerator: bool) -> list[str]:
-    """The host's command line for running on `base`, with the host's own models in reach and no custom node but ours."""
+    """The host's options for writing to `base`, with its own models in reach and no custom node but ours."""
     paths = base / "model_paths.yaml"
     models = comfy / "models"
     folders = (
@@ -186,7 +181,7 @@ def torch_finds_accelerator(python: Path) -> bool:
     return subprocess.run([python, ROOT / "launch.py", "probe"], capture_output=True).returncode == 0
 
 
-# -------------------------------------------------------------------------------------------------------------------------------- process
+# -------------------------------------------------------------------------------------------------------------- process
 
 
 @contextlib.contextmanager
@@ -218,8 +213,8 @@ def child(command: Sequence[Path | str], comfy: Path, log: Path, echo: bool) -> 
 
 
 def copy_output(process: subprocess.Popen[bytes], log: Path, echo: bool) -> None:
-    with log.open("wb", buffering=0) as file:
-        while chunk := os.read(process.stdout.fileno(), 65536):
+    with process.stdout as output, log.open("wb", buffering=0) as file:
+        while chunk := os.read(output.fileno(), 65536):
             file.write(chunk)
             if echo:
                 sys.stdout.buffer.write(chunk)
