@@ -1,0 +1,1 @@
+"""The embedded "Shapes" demo models: data, weights, training."""

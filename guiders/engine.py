@@ -1,0 +1,316 @@
+"""The host wrappers that run a plan. Installed once per MODEL, whatever the number of rules.
+
+A sampling call goes through them from the outside in:
+
+    OUTER_SAMPLE     makes the Run, checks the plan against the guider, installs what the run needs
+    SAMPLER_SAMPLE   prepares the weak models' conditioning
+    PREDICT_NOISE    finds the step, decides what to evaluate; adds terms for guiders that combine predictions themselves
+    CALC_COND_BATCH  adds branches to the host's call, so that everything of one model goes through it together
+    APPLY_MODEL      counts, applies variants to the rows of their branches, hides those rows' labels from everybody else
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import comfy.model_patcher
+import comfy.sampler_helpers
+import comfy.samplers
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from .branches import Branch, hidden, lane, with_control_views
+from .plan import PLAN, GuidancePlan, Policy, Rule, Shaper, Term, plan_of
+from .run import RUN, Run, run_of
+from .spaces import is_flow, reparametrise
+
+KEY = "lodestar"
+_SLOT = "sampler_cfg_function"
+_POST = "sampler_post_cfg_function"
+_CFGS = ("cfg", "cfg1", "cfg2")  # the weights of the host's own guiders
+_DUAL_CFG = "Guider_DualCFG"  # has a combination of its own, but made of the host's CFG function
+
+
+def attach(model: Any, rule: Rule | None = None) -> Any:
+    """Clone a MODEL and add a rule to its plan; without a rule, runs are only counted.
+
+    Raises ValueError when the rule shapes the CFG update and another pack has already claimed that.
+    """
+    if rule is not None and isinstance(rule, Shaper) and not rule.neutral:
+        _refuse_foreign_cfg(rule, model.model_options)
+    clone = model.clone()
+    plan = plan_of(clone.model_options)
+    if plan is None:
+        plan = GuidancePlan()
+        for kind, wrapper in _WRAPPERS.items():
+            clone.add_wrapper_with_key(kind, KEY, wrapper)
+    if rule is not None:
+        if isinstance(rule, Term):  # our place among other packs' post-CFG functions is the place of the node in the graph
+            clone.set_model_sampler_post_cfg_function(partial(_post_cfg_term, len(plan.rules)))
+        plan = plan + rule
+        weak = [branch.model for branch in rule.branches if branch.model is not None]
+        if weak and not rule.neutral:
+            clone.set_additional_models(KEY, [*clone.get_additional_models_with_key(KEY), *weak])
+    clone.model_options["transformer_options"][PLAN] = plan
+    return clone
+
+
+def _outer_sample(executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *args: Any, **kwargs: Any) -> Any:
+    guider = executor.class_obj
+    options = guider.model_options
+    plan = plan_of(options)
+    run = Run(plan, guider, sigmas, tuple(noise.shape), kwargs.get("latent_shapes"))
+    _check_guider(run)
+    options["transformer_options"][RUN] = run
+    if run.shapers:
+        _refuse_foreign_cfg(run.shapers[0][1], options)
+        options[_SLOT] = partial(_shape_cfg, run)
+        options[_POST] = [partial(_exact_cfg, run), *options.get(_POST, [])]
+    if options.get("context_handler") is not None:
+        options["context_handler"] = _WindowedBranches(options["context_handler"], run)
+    if "model_function_wrapper" in options:
+        options["model_function_wrapper"] = partial(_with_hidden_labels, options["model_function_wrapper"])
+    try:
+        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+    finally:
+        run.finish()
+
+
+def _check_guider(run: Run) -> None:
+    """Refuse rules that a guider with a combination of its own would silently drop."""
+    if _standard(run.guider) or _DUAL_CFG in (cls.__name__ for cls in type(run.guider).__mro__):
+        return
+    for _, rule in (*run.shapers, *run.policies):
+        raise ValueError(
+            f"{rule.name} cannot work with {type(run.guider).__name__}: that guider combines the predictions itself. "
+            f"Use KSampler or CFGGuider with it, or bypass {rule.name}."
+        )
+
+
+def _standard(guider: Any) -> bool:
+    """Whether the guider combines predictions with the host's own sampling function."""
+    return type(guider).predict_noise is comfy.samplers.CFGGuider.predict_noise
+
+
+def _refuse_foreign_cfg(rule: Rule, options: dict[str, Any]) -> None:
+    function = options.get(_SLOT)
+    if function is not None:
+        owner = getattr(function, "__qualname__", type(function).__name__).split(".")[0]
+        raise ValueError(f"{rule.name} and {owner} both replace the CFG combination; bypass one of the two nodes.")
+
+
+# --- the weak models -------------------------------------------------------------------------------------------------
+
+
+def _sampler_sample(executor: Any, guider: Any, sigmas: Tensor, extra_args: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    run = run_of(extra_args["model_options"])
+    models = {id(b.model): b.model for _, term in run.terms for b in term.branches if b.model is not None}
+    prepared: list[_Weak] = []
+    try:
+        for model in models.values():
+            prepared.append(_Weak(model, run, extra_args, *args[1:4], **kwargs))
+            run.weak[model] = prepared[-1]
+        return executor(guider, sigmas, extra_args, *args, **kwargs)
+    finally:
+        for weak in prepared:
+            weak.finish()
+
+
+class _Weak:
+    """A second model in the same run: its conditioning is the positive one, encoded for it as positive."""
+
+    def __init__(
+        self,
+        patcher: Any,
+        run: Run,
+        extra_args: dict[str, Any],
+        noise: Tensor,
+        latent_image: Tensor | None = None,
+        denoise_mask: Tensor | None = None,
+        **_: Any,
+    ) -> None:
+        guider = run.guider
+        self.patcher = patcher
+        self.model = patcher.model
+        self.flow = is_flow(patcher.get_model_object("model_sampling"))
+        self.main_flow = is_flow(run.model_sampling)
+        self.options = comfy.model_patcher.create_model_options_clone(patcher.model_options)
+        transformer_options = self.options.setdefault("transformer_options", {})
+        transformer_options["sample_sigmas"] = extra_args["model_options"]["transformer_options"].get("sample_sigmas")
+        handler = guider.model_options.get("context_handler")
+        if handler is not None:
+            self.options["context_handler"] = handler.handler
+        conds = {"positive": [cond.copy() for cond in guider.original_conds["positive"]]}
+        comfy.samplers.preprocess_conds_hooks(conds)
+        comfy.sampler_helpers.prepare_model_patcher(patcher, conds, self.options)
+        transformer_options[PLAN], transformer_options[RUN] = GuidancePlan(), run
+        transformer_options.setdefault("wrappers", {}).setdefault(WrappersMP.APPLY_MODEL, {})[KEY] = [_apply_model]
+        self.shared = patcher.model is guider.model_patcher.model
+        if not self.shared:
+            patcher.pre_run()
+        self.conds = comfy.samplers.process_conds(
+            self.model, noise, conds, patcher.load_device, latent_image, denoise_mask, extra_args.get("seed")
+        )["positive"]
+
+    def finish(self) -> None:
+        """Undo pre_run."""
+        if not self.shared:
+            self.patcher.cleanup()
+
+    def predict(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """The weak model's denoised prediction [B, ...] at the main model's noisy point."""
+        x, sigma = reparametrise(x, sigma, self.main_flow, self.flow)
+        return comfy.samplers.calc_cond_batch(self.model, [self.conds], x, sigma, self.options)[0]
+
+
+# --- one evaluation --------------------------------------------------------------------------------------------------
+
+
+def _predict_noise(executor: Any, x: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    guider = executor.class_obj
+    run = run_of(guider.model_options)
+    run.begin_evaluation(timestep)
+    saved = {name: getattr(guider, name) for name in _CFGS if hasattr(guider, name)}
+    if any(not run.covers(index) for index, _ in run.policies):
+        for name in saved:
+            setattr(guider, name, 1.0)
+    try:
+        denoised = executor(x, timestep, *args, **kwargs)
+    finally:
+        for name, value in saved.items():
+            setattr(guider, name, value)
+    if not _standard(guider) and run.cond is not None:
+        for index, _ in run.terms:
+            denoised = _add_term(run, index, denoised)
+    return denoised
+
+
+def _calc_cond_batch(executor: Any, model: Any, conds: list, x: Tensor, timestep: Tensor, options: dict[str, Any]) -> list[Tensor]:
+    run = run_of(options)
+    return _evaluate(run, partial(executor, model), conds, x, timestep, options)
+
+
+class _WindowedBranches:
+    """A context-window handler with our branches added in front of it, so that they are windowed and blended like the rest."""
+
+    def __init__(self, handler: Any, run: Run) -> None:
+        self.handler, self.run = handler, run
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.handler, name)
+
+    def execute(self, calc: Callable, model: Any, conds: list, x: Tensor, timestep: Tensor, options: dict[str, Any], **kwargs: Any) -> list:
+        """The handler's own call with the extra branches among its conds."""
+        inner = partial(self.handler.execute, calc, model)
+        return _evaluate(self.run, partial(inner, **kwargs), conds, x, timestep, options)
+
+
+def _evaluate(run: Run, calc: Callable, conds: list, x: Tensor, timestep: Tensor, options: dict[str, Any]) -> list[Tensor]:
+    """The host's evaluation of ``conds`` together with the branches that this step wants; returns the host's part alone."""
+    positive = run.guider.conds.get("positive")
+    place = next((i for i, lane_ in enumerate(conds) if lane_ is not None and lane_ is positive), None)
+    if place is None or run.cond is not None:  # not the sampler's own evaluation, or this evaluation has been served
+        return calc(conds, x, timestep, options)
+    own = [branch for branch in run.wanted if branch.model is None]
+    run.labels = {len(conds) + i: branch for i, branch in enumerate(own)}
+    run.cond = x  # from here on nested and further calls of this evaluation pass through
+    lanes = _without_weightless(run, conds)
+    if own:
+        lanes = with_control_views([*lanes, *(lane(positive, branch) for branch in own)])
+    out = calc(lanes, x, timestep, options)
+    run.cond, run.others = out[place], dict(zip(own, out[len(conds) :], strict=True))
+    for branch in run.wanted:
+        if branch.model is not None:
+            run.others[branch] = run.weak[branch.model].predict(x, timestep)
+    negative = next((out[i] for i, lane_ in enumerate(lanes[: len(conds)]) if lane_ is not None and i != place), None)
+    run.record_predictions(run.cond, negative)
+    return out[: len(conds)]
+
+
+def _without_weightless(run: Run, conds: list) -> list:
+    """Drop lanes of a dual-CFG guider whose weights a policy has set to 1; the host itself drops only some of them."""
+    if not run.policies or _standard(run.guider) or run.guider.model_options.get("disable_cfg1_optimization"):
+        return conds
+    if run.guider.cfg1 != 1.0 or run.guider.cfg2 != 1.0:
+        return conds
+    return [lane_ if lane_ is run.guider.conds["positive"] else None for lane_ in conds]
+
+
+def _apply_model(executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    options = kwargs["transformer_options"] if "transformer_options" in kwargs else args[_OPTIONS_PLACE]
+    run, labels = options[RUN], options["cond_or_uncond"]
+    run.count(len(x), len(labels))
+    branches = options.get(_LABELS, labels)
+    variants = [run.labels[label].variant if label in run.labels else None for label in branches]
+    for variant in dict.fromkeys(variants):
+        if variant is not None:
+            options = variant.patch(options, [v == variant for v in variants])
+    options = options | {"cond_or_uncond": hidden(labels)}
+    if "transformer_options" in kwargs:
+        return executor(x, t, *args, **kwargs | {"transformer_options": options})
+    return executor(x, t, *args[:_OPTIONS_PLACE], options, *args[_OPTIONS_PLACE + 1 :], **kwargs)
+
+
+_OPTIONS_PLACE = 3  # of transformer_options among apply_model's arguments after x and t
+_LABELS = "lodestar_labels"  # the real labels, where cond_or_uncond is already hidden
+
+
+def _with_hidden_labels(function: Callable, apply_model: Callable, arguments: dict[str, Any]) -> Tensor:
+    """Another pack's model_function_wrapper, which sees the labels of extra branches as cond."""
+    labels = arguments["cond_or_uncond"]
+    options = arguments["c"]["transformer_options"] | {_LABELS: labels, "cond_or_uncond": hidden(labels)}
+    return function(apply_model, arguments | {"cond_or_uncond": hidden(labels), "c": arguments["c"] | {"transformer_options": options}})
+
+
+# --- combination -----------------------------------------------------------------------------------------------------
+
+
+def _shape_cfg(run: Run, args: dict[str, Any]) -> Tensor:
+    """The host's CFG slot: D_c + (w - 1) shape(D_c - D_u), returned as the residual x - D that the slot asks for."""
+    cond, uncond, w = args["cond_denoised"], args["uncond_denoised"], args["cond_scale"]
+    denoised = cond
+    if args.get("input_uncond") is not None and w != 1:
+        update = cond - uncond
+        shapers = [(index, shaper) for index, shaper in run.shapers if run.covers(index)]
+        for index, shaper in shapers:
+            update = shaper.shape(update, cond, run.step(index))
+            run.record_update(shaper, cond, cond + (w - 1) * update)
+        denoised = cond + (w - 1) * update if shapers else uncond + update * w
+    residual = args["input"] - denoised
+    run.shaped = (residual, denoised)
+    return residual
+
+
+def _exact_cfg(run: Run, args: dict[str, Any]) -> Tensor:
+    """First post-CFG function: hand on the shaped prediction itself, since x - (x - D) is D only up to rounding."""
+    return args["denoised"] if run.shaped is None else run.shaped[1]
+
+
+def _post_cfg_term(index: int, args: dict[str, Any]) -> Tensor:
+    run = run_of(args["model_options"])
+    if run is None or not _standard(run.guider):
+        return args["denoised"]
+    return _add_term(run, index, args["denoised"])
+
+
+def _add_term(run: Run, index: int, denoised: Tensor) -> Tensor:
+    term = run.plan.rules[index]
+    if term.neutral or not run.covers(index):
+        return denoised
+    if run.cond is None:
+        raise RuntimeError(f"{term.name} found no conditional prediction: another node replaces the host's evaluation of the conds.")
+    guided = term.add(denoised, run.cond, run.others, run.step(index))
+    run.record_update(term, denoised, guided)
+    return guided
+
+
+_WRAPPERS = {
+    WrappersMP.OUTER_SAMPLE: _outer_sample,
+    WrappersMP.SAMPLER_SAMPLE: _sampler_sample,
+    WrappersMP.PREDICT_NOISE: _predict_noise,
+    WrappersMP.CALC_COND_BATCH: _calc_cond_batch,
+    WrappersMP.APPLY_MODEL: _apply_model,
+}

@@ -1,0 +1,20 @@
+"""Guidance interval. Kynkaanniemi et al., NeurIPS 2024, arXiv 2404.07724, eq. 5: w(sigma) = w inside (sigma_end, sigma_start], else 1."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .plan import Policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidanceInterval(Policy):
+    """CFG inside a share of the schedule; outside it the conditional prediction alone, which costs no unconditional evaluation."""
+
+    name: ClassVar[str] = "Guidance Interval"
+
+    @property
+    def neutral(self) -> bool:
+        """The whole schedule is plain CFG."""
+        return self.start_percent <= 0 and self.end_percent >= 1

@@ -1,0 +1,175 @@
+"""Run: everything that changes during ONE sampling call. Made when it starts, dropped when it ends."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import FrameType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from .branches import Branch
+from .plan import GuidancePlan, Policy, Rule, Shaper, Term
+from .spaces import Layout, cosine_per_sample, norm_per_sample, window
+
+RUN = "lodestar_run"
+_LOGS: WeakKeyDictionary[GuidancePlan, RunLog] = WeakKeyDictionary()
+
+
+@dataclass
+class RunLog:
+    """What a finished run did. ``curves`` maps a label to one number per recorded step (mean over the batch)."""
+
+    steps: int = 0
+    batch: int = 0
+    calls: int = 0
+    rows: int = 0
+    nfe: int = 0
+    seconds: float = 0.0
+    sigmas: list[float] = field(default_factory=list)
+    curves: dict[str, dict[int, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a model evaluation stands. ``memory`` belongs to the rule it is handed to and lives as long as the run.
+
+    index: position in the schedule of the solver step, the same for all its stages.
+    sigma: noise level at the start of that step.
+    first: whether this is the first evaluation of the step.
+    """
+
+    index: int
+    sigma: float
+    first: bool
+    layout: Layout
+    memory: dict[str, Any] = field(default_factory=dict)
+
+
+class Run:
+    """State of one sampling call: schedule position, per-rule memory, predictions of the current evaluation, counters."""
+
+    def __init__(self, plan: GuidancePlan, guider: Any, sigmas: Tensor, shape: tuple[int, ...], latent_shapes: Any) -> None:
+        self.plan = plan
+        self.guider = guider
+        self.sigmas: list[float] = sigmas.tolist()  # the only read of the schedule: later ones would stall a GPU
+        self.layout = Layout.of(latent_shapes)
+        self.model_sampling = guider.model_patcher.get_model_object("model_sampling")
+        self.memories: dict[int, dict[str, Any]] = {}
+        self.index = -1
+        self.first = True
+        self.wanted: tuple[Branch, ...] = ()
+        self.labels: dict[int, Branch] = {}
+        self.cond: Tensor | None = None
+        self.others: dict[Branch, Tensor] = {}
+        self.shaped: tuple[Tensor, Tensor] | None = None
+        self.weak: dict[Any, Any] = {}
+        self.log = RunLog(steps=len(self.sigmas) - 1, batch=shape[0], sigmas=self.sigmas)
+        self._curves: dict[str, dict[int, Tensor]] = {}
+        self._began = time.perf_counter()
+
+    @cached_property
+    def terms(self) -> list[tuple[int, Term]]:
+        """Active terms with their place in the plan."""
+        return self.plan.active(Term)
+
+    @cached_property
+    def shapers(self) -> list[tuple[int, Shaper]]:
+        """Active shapers with their place in the plan."""
+        return self.plan.active(Shaper)
+
+    @cached_property
+    def policies(self) -> list[tuple[int, Policy]]:
+        """Active policies with their place in the plan."""
+        return self.plan.active(Policy)
+
+    @cached_property
+    def _windows(self) -> list[tuple[float, float]]:
+        return [window(self.model_sampling, rule.start_percent, rule.end_percent) for rule in self.plan.rules]
+
+    def covers(self, index: int) -> bool:
+        """Whether the current solver step starts inside the window of rule number ``index``: sigma_end < sigma <= sigma_start."""
+        high, low = self._windows[index]
+        return low < self.sigmas[self.index] <= high
+
+    def begin_evaluation(self, sigma: Tensor) -> None:
+        """Find the solver step that asks for this evaluation and forget the last evaluation's predictions."""
+        index = solver_step(len(self.sigmas))
+        if index is None:
+            index = nearest_step(self.sigmas, float(sigma.max()))
+        self.first = index != self.index
+        self.index = index
+        self.wanted = tuple(dict.fromkeys(branch for i, term in self.terms if self.covers(i) for branch in term.branches))
+        self.cond, self.others, self.labels, self.shaped = None, {}, {}, None
+
+    def step(self, index: int) -> Step:
+        """The current step as rule number ``index`` sees it."""
+        memory = self.memories.setdefault(index, {})
+        return Step(self.index, self.sigmas[self.index], self.first, self.layout, memory)
+
+    def count(self, rows: int, chunks: int) -> None:
+        """One model call of ``rows`` rows that holds ``chunks`` branches."""
+        self.log.calls += 1
+        self.log.rows += rows
+        self.log.nfe += chunks
+
+    def record(self, label: str, values: Tensor) -> None:
+        """Keep a curve's value [B] for this step; it stays on the device until the run ends."""
+        if self.first:
+            self._curves.setdefault(label, {})[self.index] = values.detach().float().mean()
+
+    def record_predictions(self, cond: Tensor, uncond: Tensor | None) -> None:
+        """Curves of the sampler's own predictions."""
+        if uncond is not None and self.first:
+            self.record("CFG update", norm_per_sample(cond - uncond, self.layout) / norm_per_sample(cond, self.layout))
+            self.record("cosine of cond and uncond", cosine_per_sample(cond, uncond, self.layout))
+
+    def record_update(self, rule: Rule, before: Tensor, after: Tensor) -> None:
+        """Curve of what a rule changed, relative to the denoised image."""
+        if self.first:
+            self.record(rule.name, norm_per_sample(after - before, self.layout) / norm_per_sample(before, self.layout))
+
+    def finish(self) -> None:
+        """Bring the curves to the CPU and publish the log under the plan."""
+        self.log.seconds = time.perf_counter() - self._began
+        for label, points in self._curves.items():
+            values = torch.stack(list(points.values())).tolist()
+            self.log.curves[label] = dict(zip(points, values, strict=True))
+        _LOGS[self.plan] = self.log
+
+
+def last_log(plan: GuidancePlan) -> RunLog | None:
+    """The log of the last run that used this plan."""
+    return _LOGS.get(plan)
+
+
+def solver_step(levels: int) -> int | None:
+    """Index of the solver step that is asking for an evaluation, read off the sampler's own loop; None if it has no such loop.
+
+    k-diffusion samplers loop with ``i`` over ``sigmas``. Nothing else tells the second stage of a Heun step from the first stage of
+    the next one (same noise level), and comparing noise levels would have to wait for the GPU at every step.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        names = frame.f_code.co_varnames
+        if "i" in names and "sigmas" in names:
+            i, sigmas = frame.f_locals.get("i"), frame.f_locals.get("sigmas")
+            if isinstance(i, int) and isinstance(sigmas, Tensor) and len(sigmas) == levels and 0 <= i < levels - 1:
+                return i
+        frame = frame.f_back
+    return None
+
+
+def nearest_step(sigmas: list[float], sigma: float) -> int:
+    """The last step of the schedule that starts at or above ``sigma``."""
+    return max((i for i, level in enumerate(sigmas[:-1]) if level >= sigma * (1 - 1e-4)), default=0)
+
+
+def run_of(model_options: dict[str, Any]) -> Run | None:
+    """The run that a sampling call's options carry."""
+    return model_options.get("transformer_options", {}).get(RUN)

@@ -1,0 +1,83 @@
+"""Spaces and reductions shared by the methods: percent of the schedule, noise parametrisations, per-sample sums."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def window(model_sampling: Any, start_percent: float, end_percent: float) -> tuple[float, float]:
+    """(sigma_start, sigma_end) of a share of the schedule. A rule covers sigma_end < sigma <= sigma_start."""
+    return float(model_sampling.percent_to_sigma(start_percent)), float(model_sampling.percent_to_sigma(end_percent))
+
+
+def is_flow(model_sampling: Any) -> bool:
+    """Whether the model's path is x = (1 - t) x0 + t noise (flow) rather than x = x0 + sigma noise (eps, v, EDM)."""
+    from comfy.model_sampling import CONST
+
+    return isinstance(model_sampling, CONST)
+
+
+def reparametrise(x: Tensor, sigma: Tensor, from_flow: bool, to_flow: bool) -> tuple[Tensor, Tensor]:
+    """The same noisy point [B, ...] and level [B] on the other kind of path: sigma = t / (1 - t), x_flow = x / (1 + sigma).
+
+    Signal-to-noise ratio and x0 are unchanged, so denoised predictions of both kinds of model can be compared.
+    """
+    if from_flow == to_flow:
+        return x, sigma
+    if to_flow:
+        level = sigma / (1 + sigma)
+        return x * _like(1 - level, x), level
+    level = sigma.clamp(max=1 - 1e-4)
+    return x / _like(1 - level, x), level / (1 - level)
+
+
+def _like(values: Tensor, x: Tensor) -> Tensor:
+    return values.reshape(-1, *[1] * (x.ndim - 1))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a latent batch divides into parts that are measured apart: one, or several in a packed audio + video latent."""
+
+    sizes: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, latent_shapes: Any) -> Layout:
+        """From the host's ``latent_shapes``: a packed latent is [B, 1, sum of the parts' sizes]."""
+        if latent_shapes is None or len(latent_shapes) < 2:
+            return cls()
+        return cls(tuple(torch.Size(shape[1:]).numel() for shape in latent_shapes))
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        """x as one [B, n] matrix per part."""
+        flat = x.flatten(1)
+        return list(flat.split(self.sizes, dim=1)) if self.sizes else [flat]
+
+    def join(self, parts: list[Tensor], like: Tensor) -> Tensor:
+        """Undo ``split``: parts [B, n] back to the shape and dtype of ``like``."""
+        return torch.cat(parts, dim=1).to(like.dtype).reshape(like.shape)
+
+
+def precise(x: Tensor) -> Tensor:
+    """x in float64, or in float32 on devices that have nothing wider (MPS, DirectML)."""
+    return x.float() if x.device.type in ("mps", "privateuseone") else x.double()
+
+
+def dot_per_sample(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product over all non-batch dimensions in high precision: [B, n], [B, n] -> [B, 1]."""
+    return (precise(a) * precise(b)).sum(dim=1, keepdim=True)
+
+
+def norm_per_sample(x: Tensor, layout: Layout) -> Tensor:
+    """Euclidean norm [B] over all non-batch dimensions (and parts)."""
+    return sum(dot_per_sample(part, part) for part in layout.split(x)).sqrt().squeeze(1)
+
+
+def cosine_per_sample(a: Tensor, b: Tensor, layout: Layout) -> Tensor:
+    """Cosine similarity [B] over all non-batch dimensions (and parts)."""
+    product = sum(dot_per_sample(p, q) for p, q in zip(layout.split(a), layout.split(b), strict=True)).squeeze(1)
+    return product / (norm_per_sample(a, layout) * norm_per_sample(b, layout)).clamp_min(1e-30)

@@ -1,0 +1,14 @@
+"""``host``: the real ComfyUI in this process, with the pack loaded as it loads it. Maths tests do without."""
+
+from __future__ import annotations
+
+import launch
+import pytest
+
+launch.alias_pack_without_host()
+
+
+@pytest.fixture(scope="session")
+def host() -> object:
+    """The pack, loaded by the host; ``comfy`` and ``nodes`` can be imported from here on."""
+    return launch.load_pack()
