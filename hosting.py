@@ -146,9 +146,7 @@ def has_torch(python: Path) -> bool:
 def pinned_host(wanted: Release) -> Host:
     """`wanted` in the environment of the newest release (older hosts run in it)."""
     newest, tree = (cache_folder("comfyui", release) for release in (NEWEST, wanted))
-    environment = cache_folder(
-        "python", NEWEST, TORCH, platform.python_version_tuple()[:2], sys.platform, platform.machine()
-    )
+    environment = cache_folder("python", NEWEST, TORCH, platform.python_version_tuple()[:2], sys.platform, platform.machine())
     python = python_in(environment)
     if not all(is_complete(folder) for folder in (newest, tree, environment)):
         with locked():

@@ -111,9 +111,7 @@ class Alias(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def __init__(self, name: str, target: str) -> None:
         self.prefix, self.target = name + ".", target
 
-    def find_spec(
-        self, fullname: str, path: object = None, target: object = None
-    ) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
         return importlib.machinery.ModuleSpec(fullname, self) if fullname.startswith(self.prefix) else None
 
     def exec_module(self, module: ModuleType) -> None:

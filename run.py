@@ -48,25 +48,19 @@ def parse(argv: list[str]) -> tuple[str, argparse.Namespace, list[str]]:
     host.add_argument("--host", metavar="VERSION", help=f"ComfyUI version to use: {versions}")
 
     demo = commands.add_parser("demo", parents=[host], help="make a comparison picture with all guidance methods")
-    demo.add_argument(
-        "--checkpoint", type=existing_file, metavar="FILE", help="a checkpoint to use instead of the demo model"
-    )
+    demo.add_argument("--checkpoint", type=existing_file, metavar="FILE", help="a checkpoint to use instead of the demo model")
     demo.add_argument("--weak", type=existing_file, metavar="FILE", help="a weaker version of it, for autoguidance")
     demo.add_argument("--prompt", action="append", metavar="TEXT", help="what to show; may be repeated, one row each")
     demo.add_argument("--cfg", type=float, metavar="W", help="guidance scale")
     demo.add_argument("--seed", type=int, metavar="N", help="seed of the noise")
     demo.add_argument("--out", type=Path, metavar="DIR", help="folder for the results (default: in the cache)")
 
-    commands.add_parser(
-        "test", parents=[host], help="run the tests; other arguments go to pytest", allow_abbrev=False, add_help=False
-    )
+    commands.add_parser("test", parents=[host], help="run the tests; other arguments go to pytest", allow_abbrev=False, add_help=False)
 
     serve = commands.add_parser("serve", parents=[host], help="start ComfyUI with this pack, on this machine only")
     serve.add_argument("--port", type=int, default=8188, metavar="N", help="port to listen on (default: 8188)")
 
-    script = commands.add_parser(
-        "python", help="run a script in ComfyUI's Python, with this pack loaded", add_help=False
-    )
+    script = commands.add_parser("python", help="run a script in ComfyUI's Python, with this pack loaded", add_help=False)
     script.add_argument("file", type=existing_file, metavar="FILE")
     script.add_argument("arguments", nargs=argparse.REMAINDER)
 

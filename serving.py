@@ -80,9 +80,7 @@ def server(
         ]
         address = ServerAddress(f"http://127.0.0.1:{port}")
         address.base, address.log = base, base / "server.log"
-        address.process = stack.enter_context(
-            child([interpreter, ROOT / "launch.py", "host", *args], comfy, address.log, echo)
-        )
+        address.process = stack.enter_context(child([interpreter, ROOT / "launch.py", "host", *args], comfy, address.log, echo))
         wait_until_it_answers(address, boot_seconds)
         yield address
 
@@ -162,9 +160,7 @@ def host_options(comfy: Path, base: Path, accelerator: bool) -> list[str]:
     """The host's options for writing to `base`, with its own models in reach and no custom node but ours."""
     paths = base / "model_paths.yaml"
     models = comfy / "models"
-    folders = (
-        {folder.name: str(folder) for folder in sorted(models.iterdir()) if folder.is_dir()} if models.is_dir() else {}
-    )
+    folders = {folder.name: str(folder) for folder in sorted(models.iterdir()) if folder.is_dir()} if models.is_dir() else {}
     paths.write_text(json.dumps({"host": folders}), encoding="utf-8")  # JSON is YAML
     options = ["--base-directory", str(base), "--extra-model-paths-config", str(paths)]
     options += ["--database-url", f"sqlite:///{(base / 'user' / 'comfyui.db').as_posix()}"]
@@ -246,9 +242,7 @@ def wait_until_it_answers(address: ServerAddress, seconds: float) -> None:
             answer.read()
             return
         time.sleep(0.2)
-    raise RuntimeError(
-        f"The ComfyUI server did not answer within {seconds:.0f} s. The end of its log:\n{tail(address.log)}"
-    )
+    raise RuntimeError(f"The ComfyUI server did not answer within {seconds:.0f} s. The end of its log:\n{tail(address.log)}")
 
 
 def tail(log: Path, lines: int = 30) -> str:
