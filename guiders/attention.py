@@ -1,0 +1,339 @@
+"""Identity self-attention in chosen layers. Ahn et al., ECCV 2024, arXiv 2403.17377, section 4.1: softmax(QK^T/√d) V -> V.
+
+Where text and image tokens share one attention, only image -> image becomes the identity (``masked``): an image token
+attends to itself and to the text, normalised together. ``passthrough`` returns V for every token, so that the two streams
+stop mixing.
+
+Nothing here changes a module: a layer is reached through the options that travel with one forward pass of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layers import Layer
+
+_CHUNKS = "lodestar_chunks"  # in the options of a narrowed batch: which chunks of the forward pass it holds
+_LOGITS = 2**26  # logits of image tokens computed at once
+
+
+@dataclass(frozen=True)
+class IdentityAttention:
+    """Identity attention in ``layers``; ``joint``: "masked" or "passthrough", where text and image share an attention."""
+
+    layers: tuple[Layer, ...]
+    joint: str = "masked"
+
+    def patch(self, transformer_options: dict[str, Any], perturbed: Sequence[bool]) -> dict[str, Any]:
+        """A copy of the options of one forward pass with identity attention where ``perturbed`` is true.
+
+        The batch is ``len(perturbed)`` equal chunks of rows. Whatever replaces or overrides attention already is kept for
+        the other chunks.
+        """
+        options = transformer_options.copy()
+        patches = {kind: dict(of_kind) for kind, of_kind in options.get("patches_replace", {}).items()}
+        options["patches_replace"] = patches
+        unet = [layer for layer in self.layers if layer.architecture.hook == "attn1"]
+        for layer in unet:
+            attn1, key = patches.setdefault("attn1", {}), (layer.stack, layer.block)
+            attn1[(*key, layer.sub)] = _ReplacedAttention(attn1.get((*key, layer.sub), attn1.get(key)), perturbed, layer.video)
+        if len(unet) == len(self.layers):
+            return options
+        override = _OverriddenAttention(self, options.get("optimized_attention_override"), perturbed)
+        options["optimized_attention_override"] = override
+        for name in ("block_index", "img_slice"):  # left over from another forward pass, if there
+            options.pop(name, None)
+        for layer in self.layers:
+            if layer.architecture.hook == "block":
+                _wrap_block(patches, layer.stack, layer.block, override.inside)
+        if any(layer.stack == "single" and layer.architecture.joint for layer in self.layers):
+            _wrap_block(patches, "double", 0, override.measured)
+        return options
+
+
+# --- the maths -------------------------------------------------------------------------------------------------------
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, text: int, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """Image tokens that attend to themselves and to all T = ``text`` text tokens, which come first: p_0 v_i + P V_text.
+
+    q, k, v [B, H, T+N, d], mask [B|1, H|1, T+N|1, T+N] or None -> [B, H, N, d]. The same numbers as full attention with
+    logits of -inf between different image tokens, from 1+T logits per image token instead of T+N.
+    """
+    q, k_text, k = q[:, :, text:], k[:, :, :text], k[:, :, text:]
+    v_text, v = v[:, :, :text], v[:, :, text:]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    to_text, to_self = _mask_parts(mask, text, k.shape[2])
+    out = torch.empty_like(v)
+    step = max(1, _LOGITS // (q.shape[0] * q.shape[1] * (1 + text)))
+    for i in range(0, q.shape[2], step):
+        part = slice(i, i + step)
+        q_i = q[:, :, part] * scale
+        own = (q_i * k[:, :, part]).sum(-1, keepdim=True, dtype=_wide(q.dtype)) + _rows(to_self, part)
+        other = (q_i @ k_text.mT).to(own.dtype) + _rows(to_text, part)
+        p = torch.cat([own, other], dim=-1).softmax(-1).to(v.dtype)
+        out[:, :, part] = p[..., :1] * v[:, :, part] + p[..., 1:] @ v_text
+    return out
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _mask_parts(mask: Tensor | None, text: int, image: int) -> tuple[Tensor | float, Tensor | float]:
+    """The additive mask of image queries: toward the text [.., N|1, T] and toward themselves [.., N|1, 1]."""
+    if mask is None:
+        return 0.0, 0.0
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)
+    if mask.shape[-2] == 1:
+        return mask[..., :text], mask[..., text:].mT
+    image_rows = mask[..., text:, :]
+    return image_rows[..., :text], image_rows[..., text:].diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+
+
+def _rows(mask: Tensor | float, part: slice) -> Tensor | float:
+    return mask if isinstance(mask, float) or mask.shape[-2] == 1 else mask[..., part, :]
+
+
+# --- rows of a fused batch -------------------------------------------------------------------------------------------
+
+
+def _flags(options: dict[str, Any], perturbed: Sequence[bool]) -> list[bool]:
+    """``perturbed`` for the chunks that are left in the batch."""
+    return [perturbed[i] for i in options.get(_CHUNKS, range(len(perturbed)))]
+
+
+def _take(x: Tensor, flags: Sequence[bool]) -> Tensor:
+    """The rows of the flagged chunks of x [B, ...], without a copy where they follow each other."""
+    index = [i for i, flag in enumerate(flags) if flag]
+    adjacent = index[-1] - index[0] == len(index) - 1
+    return x.unflatten(0, (len(flags), -1))[slice(index[0], index[-1] + 1) if adjacent else index].flatten(0, 1)
+
+
+def _merge(clean: Tensor, perturbed: Tensor, flags: Sequence[bool]) -> Tensor:
+    """The inverse of taking the clean and the perturbed rows."""
+    size = (len(clean) + len(perturbed)) // len(flags)
+    parts = {False: iter(clean.split(size)), True: iter(perturbed.split(size))}
+    return torch.cat([next(parts[flag]) for flag in flags])
+
+
+def _narrowed(options: dict[str, Any], flags: Sequence[bool]) -> dict[str, Any]:
+    """The options as they describe the flagged chunks alone, for other packs' patches that tell rows apart."""
+    options = options.copy()
+    options.setdefault(_CHUNKS, range(len(flags)))
+    for name in (_CHUNKS, "cond_or_uncond", "uuids"):
+        if len(options.get(name, ())) == len(flags):
+            options[name] = [entry for entry, flag in zip(options[name], flags, strict=True) if flag]
+    return options
+
+
+# --- UNet: patches_replace["attn1"] ----------------------------------------------------------------------------------
+
+
+class _ReplacedAttention:
+    """attn1 of one layer of a UNet: V in the perturbed rows; elsewhere the earlier replacement or the host's attention."""
+
+    def __init__(self, previous: Callable | None, perturbed: Sequence[bool], video: bool) -> None:
+        self.previous, self.perturbed, self.video = previous, tuple(perturbed), video
+        self.calls = 0
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        """q, k, v [B, N, H*d] -> [B, N, H*d]."""
+        flags = _flags(extra_options, self.perturbed)
+        self.calls += 1
+        temporal = self.video and self.calls % 2 == 0
+        if temporal or not any(flags) or q.shape[1] != v.shape[1]:
+            return self._ordinary(q, k, v, extra_options)
+        if all(flags):
+            return v
+        keep = [not flag for flag in flags]
+        clean = self._ordinary(*(_take(x, keep) for x in (q, k, v)), _narrowed(extra_options, keep))
+        return _merge(clean, _take(v, flags), flags)
+
+    def _ordinary(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+        if self.previous is not None:
+            return self.previous(q, k, v, options)
+        from comfy.ldm.modules.attention import optimized_attention  # here, so that the maths above needs no host
+
+        heads, precision = options["n_heads"], options["attn_precision"]
+        return optimized_attention(q, k, v, heads, attn_precision=precision, transformer_options=options)
+
+
+# --- DiT: optimized_attention_override -------------------------------------------------------------------------------
+
+
+def _wrap_block(patches: dict[str, dict], stack: str, block: int, around: Callable) -> None:
+    """Put ``around(original, args)`` between a block and the replacement that it may have already."""
+    key = (f"{stack}_block", block)
+    previous = patches.setdefault("dit", {}).get(key)
+
+    def patch(args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+        original = partial(around, extra["original_block"])
+        return original(args) if previous is None else previous(args, {**extra, "original_block": original})
+
+    patches["dit"][key] = patch
+
+
+class _OverriddenAttention:
+    """The attention function of one forward pass: identity attention while a chosen block runs, else the ordinary one."""
+
+    def __init__(self, rule: IdentityAttention, previous: Callable | None, perturbed: Sequence[bool]) -> None:
+        self.masked, self.previous, self.perturbed = rule.joint == "masked", previous, tuple(perturbed)
+        self.architecture = rule.layers[0].architecture
+        self.chosen = {layer.block for layer in rule.layers}
+        self.block: _RunningBlock | None = None
+        self.text = 0  # text tokens of this forward pass
+        self.refined = 0  # tokens of the last attention before the first numbered block: the image's
+
+    def measured(self, original: Callable, args: dict[str, Any]) -> dict[str, Any]:
+        """Run a block and note the number of text tokens."""
+        self.text = args["txt"].shape[1]
+        return original(args)
+
+    def inside(self, original: Callable, args: dict[str, Any]) -> dict[str, Any]:
+        """Run a chosen block with identity attention."""
+        self.block = _RunningBlock()
+        if self.architecture.joint and "txt" in args:
+            self.text, self.block.image = args["txt"].shape[1], args["img"].shape[1]
+        try:
+            return original(args)
+        finally:
+            self.block = None
+
+    def __call__(self, func: Callable, *args: Any, **kwargs: Any) -> Tensor:
+        """The host's call of an attention override: ``func`` is the attention function, the rest are its arguments."""
+        ordinary = func if self.previous is None else partial(self.previous, func)
+        call = _Call.of(ordinary, *args, **kwargs)
+        flags = _flags(call.options["transformer_options"], self.perturbed)
+        found = self._own(call)
+        if found is None or not any(flags):
+            return ordinary(*args, **kwargs)
+        if all(flags):
+            return self._identity(call, *found)
+        keep = [not flag for flag in flags]
+        return _merge(call.rows(keep)(), self._identity(call.rows(flags), *found), flags)
+
+    def _own(self, call: _Call) -> tuple[int, slice] | None:
+        """In the self-attention of a chosen block: the number of text tokens, and where the queries are among the keys."""
+        options, (queries, keys) = call.options["transformer_options"], call.lengths
+        if self.architecture.hook == "index":
+            index = options.get("block_index")
+            if index is None:
+                self.refined = queries
+            if index not in self.chosen:
+                return None
+            if self.block is None or self.block.index != index:
+                self.block = _RunningBlock(index)
+            self.text = keys - self.refined
+        if self.block is None:
+            return None
+        if not self.architecture.joint:
+            own = self.block.own(queries, keys)
+            return None if own is None else (0, own)
+        if queries != keys:
+            return None
+        image_only = queries == self.block.image
+        return 0 if image_only else options.get("img_slice", (self.text,))[0], slice(None)
+
+    def _identity(self, call: _Call, text: int, own: slice) -> Tensor:
+        """The perturbed rows: V, or, after the text tokens of a joint attention, the masked form."""
+        q, k, v = call.by_head()
+        if not (self.masked and text):
+            return call.output(v[:, :, own])
+        image = masked_attention(q, k, v, text, call.mask, call.options.get("scale"))
+        return torch.cat([call.text_queries(text)(), call.output(image)], dim=call.output_tokens)
+
+
+@dataclass
+class _RunningBlock:
+    """A chosen block while it runs.
+
+    Without joint attention a block begins with its self-attention, in one call or in several that each take the next of the
+    queries (LTXV's guide frames); whatever comes after it is cross-attention.
+    """
+
+    index: int | None = None
+    image: int | None = None
+    seen: int = 0
+    length: int | None = None
+
+    def own(self, queries: int, keys: int) -> slice | None:
+        """Where the queries of this call are among the keys, if it is (a part of) the self-attention."""
+        self.length = self.length or keys
+        if keys != self.length or self.seen + queries > keys:
+            return None
+        self.seen += queries
+        return slice(self.seen - queries, self.seen)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of the attention function: q, k, v [B, N, H*d] or, with skip_reshape, [B, H, N, d]; k, v maybe fewer heads."""
+
+    func: Callable
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    heads: int
+    mask: Tensor | None
+    precision: Any
+    options: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls, func: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Any = None, attn_precision: Any = None, **kw: Any
+    ) -> _Call:
+        """The host's signature; a mask [N, N], [B, N, N] or [B, H, N, N] gets all its dimensions."""
+        if mask is not None and mask.ndim < 4:
+            mask = mask[None, None] if mask.ndim == 2 else mask[:, None]
+        return cls(func, q, k, v, heads, mask, attn_precision, kw)
+
+    def __call__(self) -> Tensor:
+        """Ordinary attention."""
+        return self.func(self.q, self.k, self.v, self.heads, mask=self.mask, attn_precision=self.precision, **self.options)
+
+    @property
+    def tokens(self) -> int:
+        """The dimension of the tokens of q, k, v."""
+        return 2 if self.options.get("skip_reshape") else 1
+
+    @property
+    def output_tokens(self) -> int:
+        """The dimension of the tokens of the result."""
+        return 2 if self.options.get("skip_output_reshape") else 1
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Numbers of queries and keys."""
+        return self.q.shape[self.tokens], self.k.shape[self.tokens]
+
+    def rows(self, flags: Sequence[bool]) -> _Call:
+        """The call for the flagged chunks of the batch alone."""
+        q, k, v = (_take(x, flags) for x in (self.q, self.k, self.v))
+        mask = self.mask if self.mask is None or len(self.mask) == 1 else _take(self.mask, flags)
+        options = {**self.options, "transformer_options": _narrowed(self.options["transformer_options"], flags)}
+        return replace(self, q=q, k=k, v=v, mask=mask, options=options)
+
+    def text_queries(self, text: int) -> _Call:
+        """The call for the first ``text`` queries alone."""
+        mask = self.mask if self.mask is None or self.mask.shape[-2] == 1 else self.mask[..., :text, :]
+        return replace(self, q=self.q.narrow(self.tokens, 0, text), mask=mask)
+
+    def by_head(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v as [B, heads, N, d]; grouped heads of k and v repeated."""
+        q, k, v = self.q, self.k, self.v
+        if self.tokens == 1:
+            width = q.shape[-1] // self.heads
+            q, k, v = (x.reshape(*x.shape[:2], -1, width).transpose(1, 2) for x in (q, k, v))
+        return q, *(x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+
+    def output(self, out: Tensor) -> Tensor:
+        """[B, heads, N, d] in the layout of the host's result."""
+        return out if self.output_tokens == 2 else out.transpose(1, 2).flatten(2)

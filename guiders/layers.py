@@ -1,0 +1,172 @@
+"""Which self-attention layers a model has, and what users call them.
+
+Names, in a comma-separated list:
+    middle, input:7, output:3.1, input:4-8.0-1   UNet: stack, block (the host's number) and transformer sub-block
+    m0, d2.2-9, u0.4, d0-3                       UNet: d/m/u count the encoder's/middle/decoder's attention blocks
+    double:7, double:4-9, single:12              DiT: stack and block
+    auto, middle                                 UNet: its middle block. DiT: the block in the middle of its depth
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How the host lets us reach self-attention in one class of diffusion model.
+
+    hook: ``attn1``, the UNet's own replacement of self-attention; ``block``, a replacement around ("double_block", i) or
+    ("single_block", i), inside which the attention function is overridden; ``index``, the same override in every block,
+    told apart by ``transformer_options["block_index"]``.
+    joint: text and image tokens share one attention, text first. Otherwise a block begins with its self-attention.
+    stacks: the names of the stacks of blocks and the attributes of the model that hold them.
+    """
+
+    hook: Literal["attn1", "block", "index"]
+    joint: bool
+    stacks: tuple[tuple[str, str], ...]
+
+
+_UNET_STACKS = (("input", "input_blocks"), ("middle", "middle_block"), ("output", "output_blocks"))
+UNET = Architecture("attn1", False, _UNET_STACKS)
+_STREAMS = Architecture("block", True, (("double", "double_blocks"), ("single", "single_blocks")))
+
+# Class names of the host, looked up along the inheritance of a diffusion model; None: a subclass that no hook reaches.
+ARCHITECTURES: dict[str, Architecture | None] = {
+    "UNetModel": UNET,
+    "OpenAISignatureMMDITWrapper": Architecture("block", True, (("double", "joint_blocks"),)),
+    "Flux": _STREAMS,
+    "Chroma": _STREAMS,
+    "HunyuanVideo": _STREAMS,
+    "QwenImageTransformer2DModel": Architecture("block", True, (("double", "transformer_blocks"),)),
+    "WanModel": Architecture("block", False, (("double", "blocks"),)),
+    "CausalWanModel": None,
+    "NextDiT": Architecture("index", True, (("double", "layers"),)),
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One self-attention layer: block number ``block`` of a stack and, in a UNet, its transformer sub-block ``sub``."""
+
+    architecture: Architecture
+    stack: str
+    block: int
+    sub: int = 0
+    video: bool = False  # UNet: a temporal attention under the same name follows this spatial one
+
+
+def architecture_of(diffusion_model: Any) -> Architecture:
+    """The architecture of a model, through its base classes; ValueError if its attention cannot be reached."""
+    name = next((cls.__name__ for cls in type(diffusion_model).__mro__ if cls.__name__ in ARCHITECTURES), None)
+    architecture = ARCHITECTURES.get(name)
+    if architecture is None or not all(hasattr(diffusion_model, attribute) for _, attribute in architecture.stacks):
+        raise ValueError(
+            "Perturbed attention is not available for this model: no known hook of ComfyUI reaches the self-attention of "
+            f"{type(diffusion_model).__name__}."
+        )
+    return architecture
+
+
+def resolve_layers(model: Any, text: str) -> tuple[Layer, ...]:
+    """The layers of a ModelPatcher that ``text`` names, in the model's order; ValueError with one clear sentence."""
+    diffusion_model = model.get_model_object("diffusion_model")
+    architecture = architecture_of(diffusion_model)
+    layers = tuple(layer for layer, _ in _layers(diffusion_model, architecture) if layer is not None)
+    counted = _counted(diffusion_model, architecture)
+    names = [name.strip().lower() for name in text.split(",") if name.strip()]
+    if not names:
+        raise ValueError(f"Name at least one layer to perturb; this model has {_listing(layers)}.")
+    chosen = {layer for name in names for layer in _named(name, layers, counted)}
+    return tuple(layer for layer in layers if layer in chosen)
+
+
+# --- what a model has ------------------------------------------------------------------------------------------------
+
+
+def _layers(diffusion_model: Any, architecture: Architecture) -> Iterator[tuple[Layer | None, tuple[str, int]]]:
+    """Every self-attention layer in the model's order with its (stack, block); None where it is disabled."""
+    for stack, attribute in architecture.stacks:
+        blocks = getattr(diffusion_model, attribute)
+        if architecture is not UNET:
+            yield from ((Layer(architecture, stack, i), (stack, i)) for i in range(len(blocks)))
+            continue
+        for i, block in enumerate([blocks] if stack == "middle" else blocks):
+            for transformer in (module for module in block or () if hasattr(module, "transformer_blocks")):
+                for sub, inner in enumerate(transformer.transformer_blocks):
+                    layer = Layer(architecture, stack, i, sub, hasattr(transformer, "time_stack"))
+                    yield (None if inner.disable_self_attn else layer), (stack, i)
+
+
+def _counted(diffusion_model: Any, architecture: Architecture) -> dict[str, list[tuple[str, int]]]:
+    """The attention blocks of a UNet as d0, m0, u0 count them: with those that have no self-attention."""
+    if architecture is not UNET:
+        return {}
+    blocks = dict.fromkeys(block for _, block in _layers(diffusion_model, architecture))
+    letters = {"d": "input", "m": "middle", "u": "output"}
+    return {letter: [block for block in blocks if block[0] == stack] for letter, stack in letters.items()}
+
+
+def _listing(layers: Sequence[Layer]) -> str:
+    """All layers in the grammar of their names: ``input:1,2,4.0-1 middle:0``."""
+    parts = []
+    for stack, members in groupby(layers, lambda layer: layer.stack):
+        if layers[0].architecture is not UNET:
+            parts.append(f"{stack}:{_span([layer.block for layer in members])}")
+            continue
+        for block, subs in groupby(members, lambda layer: layer.block):
+            numbers = [layer.sub for layer in subs]
+            parts.append(f"{stack}:{block}" + (f".{_span(numbers)}" if numbers != [0] else ""))
+    return ", ".join(parts) or "no self-attention layers"
+
+
+def _span(numbers: Sequence[int]) -> str:
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
+
+
+# --- what a name means -----------------------------------------------------------------------------------------------
+
+_RANGE = r"(\d+)(?:-(\d+))?"
+_NAME = re.compile(rf"(?:([a-z]+):|([dmu])){_RANGE}(?:\.{_RANGE})?")
+
+
+def _named(name: str, layers: Sequence[Layer], counted: dict[str, list[tuple[str, int]]]) -> list[Layer]:
+    """The layers that one name of the list stands for; every number of a range of names has to be in the model."""
+    if name in ("auto", "middle"):
+        if counted:
+            found = [layer for layer in layers if layer.stack == "middle"]
+        else:
+            found = [layers[len(layers) // 2]] if layers else []
+    else:
+        found = _numbered(name, layers, counted)
+    if not found:
+        raise ValueError(f"This model has no self-attention layer '{name}'; it has {_listing(layers)}.")
+    return found
+
+
+def _numbered(name: str, layers: Sequence[Layer], counted: dict[str, list[tuple[str, int]]]) -> list[Layer]:
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return []
+    stack, letter, *numbers = match.groups()
+    blocks, subs = _numbers(*numbers[:2]), _numbers(*numbers[2:])
+    if letter:
+        order = counted.get(letter, [])
+        wanted = [order[i] for i in blocks] if blocks and blocks[-1] < len(order) else []
+    else:
+        wanted = [(stack, i) for i in blocks]
+    found = [layer for layer in layers if (layer.stack, layer.block) in wanted and (subs is None or layer.sub in subs)]
+    present = {(layer.stack, layer.block) for layer in found}
+    ends_present = wanted and wanted[0] in present and wanted[-1] in present
+    subs_present = subs is None or len(found) == len(present) * len(subs)
+    return found if ends_present and subs_present else []
+
+
+def _numbers(first: str | None, last: str | None) -> range | None:
+    """``3`` or ``3-7``, ends included; None if there is no number."""
+    return None if first is None else range(int(first), int(last or first) + 1)
