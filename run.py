@@ -19,7 +19,7 @@ if sys.version_info < (3, 10):  # noqa: UP036
 sys.dont_write_bytecode = True  # nothing is written outside the cache
 
 from hosting import NEWEST, OLDEST, RELEASES, ROOT, Host, SetupError, cache_folder, cache_root, find_host  # noqa: E402
-from serving import server  # noqa: E402
+from serving import ServerError, server  # noqa: E402
 
 
 def main(argv: list[str]) -> int:
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
     command, args, rest = parse(argv)
     try:
         return {"demo": demo, "test": test, "serve": serve, "python": python}[command](args, rest)
-    except (SetupError, OSError) as error:
+    except (SetupError, ServerError, OSError) as error:
         print(f"lodestar: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -25,6 +25,10 @@ DEVICES = ("nvidiactl", "dxg", "kfd", "dri", "davinci_manager", "accel")
 NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
+class ServerError(RuntimeError):
+    """The server did not come up; the message has the end of its log."""
+
+
 class ServerAddress(str):
     """The base URL of a running server, such as `http://127.0.0.1:8188`, with what else is known about it."""
 
@@ -56,7 +60,7 @@ def server(
     boot_seconds: how long it may take until it answers.
 
     The value yielded is a string with the attributes `process`, `log` (a file) and `base` (a folder with `output` in
-    it). A server that does not come up raises RuntimeError with the end of its log. The server has no other custom
+    it). A server that does not come up raises ServerError with the end of its log. The server has no other custom
     nodes and no API nodes, and ends with this process, however this process ends.
     """
     comfy = Path(comfy_path or os.environ["COMFYUI_PATH"])
@@ -237,12 +241,12 @@ def wait_until_it_answers(address: ServerAddress, seconds: float) -> None:
     while time.monotonic() < deadline:
         if address.process.poll() is not None:
             time.sleep(0.2)  # let the last of its output arrive
-            raise RuntimeError(f"The ComfyUI server ended before it answered. The end of its log:\n{tail(address.log)}")
+            raise ServerError(f"The ComfyUI server ended before it answered. The end of its log:\n{tail(address.log)}")
         with contextlib.suppress(OSError), NO_PROXY.open(f"{address}/system_stats", timeout=5) as answer:
             answer.read()
             return
         time.sleep(0.2)
-    raise RuntimeError(f"The ComfyUI server did not answer within {seconds:.0f} s. The end of its log:\n{tail(address.log)}")
+    raise ServerError(f"The ComfyUI server did not answer within {seconds:.0f} s. The end of its log:\n{tail(address.log)}")
 
 
 def tail(log: Path, lines: int = 30) -> str:

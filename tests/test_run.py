@@ -238,6 +238,16 @@ def test_a_package_with_another_hash_is_not_used(cache, index):
     assert not hosting.is_complete(folder)
 
 
+def test_packages_for_tests_stay_out_of_the_hosts_python(cache, index, tmp_path, monkeypatch):
+    (tmp_path / "requirements-test.txt").write_text("needed==1.0\npip\n", encoding="utf-8")
+    monkeypatch.setattr(hosting, "ROOT", tmp_path)
+    folder = hosting.test_packages(Path(sys.executable))
+    assert (folder / "needed" / "__init__.py").exists()
+    assert not (folder / "pip").exists()  # which that Python has
+    monkeypatch.setattr(hosting, "pip", None)
+    assert hosting.test_packages(Path(sys.executable)) == folder
+
+
 def test_no_network_is_one_sentence(tmp_path):
     port = serving.free_port()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
@@ -353,9 +363,20 @@ def test_server_offers_the_pack_and_given_checkpoints_and_stops(tmp_path):
         get(f"{url}/system_stats")
 
 
+def test_the_hosts_own_models_stay_in_reach(tmp_path):
+    (tmp_path / "comfy" / "models" / "loras").mkdir(parents=True)
+    base = tmp_path / "base"
+    serving.prepare_base(base)
+    options = serving.host_options(tmp_path / "comfy", base, accelerator=True)
+    paths = json.loads(Path(options[options.index("--extra-model-paths-config") + 1]).read_text(encoding="utf-8"))
+    assert paths == {"host": {"loras": str(tmp_path / "comfy" / "models" / "loras")}}
+    assert "--cpu" not in options
+    assert "--cpu" in serving.host_options(tmp_path / "comfy", base, accelerator=False)
+
+
 def test_a_server_that_dies_shows_its_log():
     with (
-        pytest.raises(RuntimeError, match="unrecognized arguments: --no-such-option"),
+        pytest.raises(serving.ServerError, match="unrecognized arguments: --no-such-option"),
         serving.server(extra_args=["--no-such-option"]),
     ):
         pass
