@@ -190,7 +190,8 @@ class _OverriddenAttention:
         self.chosen = {layer.block for layer in rule.layers}
         self.block: _RunningBlock | None = None
         self.text = 0  # text tokens of this forward pass
-        self.refined = 0  # tokens of the last attention before the first numbered block: the image's
+        self.calls = 0  # of attention outside numbered blocks
+        self.refined = 0  # tokens in the last of these: where text and image are refined before they are joined, the image's
 
     def measured(self, original: Callable, args: dict[str, Any]) -> dict[str, Any]:
         """Run a block and note the number of text tokens."""
@@ -223,10 +224,12 @@ class _OverriddenAttention:
     def _own(self, call: _Call) -> tuple[int, slice] | None:
         """In the self-attention of a chosen block: the number of text tokens, and where the queries are among the keys."""
         options, (queries, keys) = call.options["transformer_options"], call.lengths
-        if self.architecture.hook == "index":
+        if self.architecture.hook != "block":
             index = options.get("block_index")
             if index is None:
                 self.refined = queries
+                index = self.calls // 2 if self.architecture.hook == "pairs" else None
+                self.calls += 1
             if index not in self.chosen:
                 return None
             if self.block is None or self.block.index != index:

@@ -20,14 +20,16 @@ from typing import Any, Literal
 class Architecture:
     """How the host lets us reach self-attention in one class of diffusion model.
 
-    hook: ``attn1``, the UNet's own replacement of self-attention; ``block``, a replacement around ("double_block", i) or
-    ("single_block", i), inside which the attention function is overridden; ``index``, the same override in every block,
-    told apart by ``transformer_options["block_index"]``.
+    hook: how a layer is reached.
+        attn1: the UNet's own replacement of self-attention.
+        block: a replacement around ("double_block", i) or ("single_block", i), inside which attention is overridden.
+        index: the same override in every block, told apart by ``transformer_options["block_index"]``.
+        pairs: likewise, but older hosts leave the index out: there the calls are counted, two in a block.
     joint: text and image tokens share one attention, text first. Otherwise a block begins with its self-attention.
     stacks: the names of the stacks of blocks and the attributes of the model that hold them.
     """
 
-    hook: Literal["attn1", "block", "index"]
+    hook: Literal["attn1", "block", "index", "pairs"]
     joint: bool
     stacks: tuple[tuple[str, str], ...]
 
@@ -46,7 +48,13 @@ ARCHITECTURES: dict[str, Architecture | None] = {
     "QwenImageTransformer2DModel": Architecture("block", True, (("double", "transformer_blocks"),)),
     "WanModel": Architecture("block", False, (("double", "blocks"),)),
     "CausalWanModel": None,
-    "NextDiT": Architecture("index", True, (("double", "layers"),)),
+    "LTXVModel": Architecture("block", False, (("double", "transformer_blocks"),)),
+    "LTXAVModel": None,
+    "Kandinsky5": Architecture("index", False, (("double", "visual_transformer_blocks"),)),
+    "MMDiT": Architecture("block", True, (("double", "double_layers"), ("single", "single_layers"))),  # AuraFlow
+    "NextDiT": Architecture("index", True, (("double", "layers"),)),  # Lumina 2, Z-Image
+    "SingleStreamDiT": Architecture("index", True, (("single", "blocks"),)),  # Krea 2
+    "MiniTrainDIT": Architecture("pairs", False, (("double", "blocks"),)),  # Cosmos-Predict2, Anima
 }
 
 
@@ -135,13 +143,11 @@ _RANGE = r"(\d+)(?:-(\d+))?"
 _NAME = re.compile(rf"(?:([a-z]+):|([dmu])){_RANGE}(?:\.{_RANGE})?")
 
 
-def _named(name: str, layers: Sequence[Layer], counted: dict[str, list[tuple[str, int]]]) -> list[Layer]:
+def _named(name: str, layers: Sequence[Layer], counted: dict[str, list[tuple[str, int]]]) -> Sequence[Layer]:
     """The layers that one name of the list stands for; every number of a range of names has to be in the model."""
     if name in ("auto", "middle"):
-        if counted:
-            found = [layer for layer in layers if layer.stack == "middle"]
-        else:
-            found = [layers[len(layers) // 2]] if layers else []
+        half = len(layers) // 2
+        found = [layer for layer in layers if layer.stack == "middle"] if counted else layers[half : half + 1]
     else:
         found = _numbered(name, layers, counted)
     if not found:
