@@ -101,13 +101,13 @@ def python(args: argparse.Namespace, _: list[str]) -> int:
 def serve(args: argparse.Namespace, _: list[str]) -> int:
     host = find_host(args.host)
     print(f"Starting ComfyUI {host.version} ...", flush=True)
-    with server(host.comfy, host.python, base=cache_folder("base", str(ROOT)), port=args.port, echo=True) as url:
-        print(f"\nComfyUI {host.version} with Lodestar: {url}\nCtrl-C stops it.\n", flush=True)
-        try:
+    try:
+        with server(host.comfy, host.python, base=cache_folder("base", str(ROOT)), port=args.port, echo=True) as url:
+            print(f"\nComfyUI {host.version} with Lodestar: {url}\nCtrl-C stops it.\n", flush=True)
             return url.process.wait()
-        except KeyboardInterrupt:
-            print("\nStopping.", flush=True)
-            return 0
+    except KeyboardInterrupt:
+        print("\nStopped.", flush=True)
+        return 0
 
 
 def launch(host: Host, mode: str, *args: str | Path) -> int:
