@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,33 +30,36 @@ def lane(conds: Sequence[dict[str, Any]], branch: Branch) -> list[dict[str, Any]
     return [{**cond, "uuid": uuid.uuid5(cond["uuid"], tag)} for cond in conds]
 
 
-def hidden(labels: Sequence[int]) -> list[int]:
-    """``cond_or_uncond`` as everybody else may see it: an extra branch counts as cond."""
-    return [label if label < 2 else 0 for label in labels]
-
-
 class ControlView:
-    """A ControlNet as seen from a fused batch: ``cond_or_uncond`` holds 0 and 1 only. Everything else is the ControlNet's own."""
+    """A ControlNet as seen from a fused batch: ``cond_or_uncond`` as it would be without us. Everything else is the ControlNet's own."""
 
-    def __init__(self, control: Any) -> None:
-        self.control = control
+    def __init__(self, control: Any, host_labels: Callable[[Sequence[int]], list[int]]) -> None:
+        self.__dict__.update(control=control, host_labels=host_labels)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.control, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.control, name, value)
+
     def get_control(self, x: Any, t: Any, cond: Any, batched_number: int, transformer_options: dict[str, Any]) -> Any:
         """The host's call, with the extra branches' labels hidden."""
-        options = transformer_options | {"cond_or_uncond": hidden(transformer_options["cond_or_uncond"])}
+        options = transformer_options | {"cond_or_uncond": self.host_labels(transformer_options["cond_or_uncond"])}
         return self.control.get_control(x, t, cond, batched_number, options)
 
+    def get_instance_for_device(self, device: Any) -> ControlView:
+        """The view of its copy on another device."""
+        return ControlView(self.control.get_instance_for_device(device), self.host_labels)
 
-def with_control_views(lanes: Sequence[list[dict[str, Any]] | None]) -> list[list[dict[str, Any]] | None]:
+
+def with_control_views(
+    lanes: Sequence[list[dict[str, Any]] | None], host_labels: Callable[[Sequence[int]], list[int]]
+) -> list[list[dict[str, Any]] | None]:
     """The same lanes with every ControlNet behind a ControlView (one view per ControlNet, so that the host still fuses them)."""
     views: dict[int, ControlView] = {}
 
     def view(cond: dict[str, Any]) -> dict[str, Any]:
-        if cond.get("control") is None:
-            return cond
-        return {**cond, "control": views.setdefault(id(cond["control"]), ControlView(cond["control"]))}
+        control = cond.get("control")
+        return cond if control is None else {**cond, "control": views.setdefault(id(control), ControlView(control, host_labels))}
 
     return [None if conds is None else [view(cond) for cond in conds] for conds in lanes]

@@ -6,12 +6,14 @@ A sampling call goes through them from the outside in:
     SAMPLER_SAMPLE   prepares the weak models' conditioning
     PREDICT_NOISE    finds the step, decides what to evaluate; adds terms for guiders that combine predictions themselves
     CALC_COND_BATCH  adds branches to the host's call, so that everything of one model goes through it together
-    APPLY_MODEL      counts, applies variants to the rows of their branches, hides those rows' labels from everybody else
+    APPLY_MODEL      counts, applies variants to the rows of their branches
+
+Extra branches go in front of the host's own. The host fills a batch from the last to the first, so that their rows come last, and the
+first row labelled cond, the first uuid and so on are what they would be without us.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,8 +24,8 @@ import comfy.samplers
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from .branches import Branch, hidden, lane, with_control_views
-from .plan import PLAN, GuidancePlan, Policy, Rule, Shaper, Term, plan_of
+from .branches import lane, with_control_views
+from .plan import PLAN, GuidancePlan, Rule, Shaper, Term, plan_of
 from .run import RUN, Run, run_of
 from .spaces import is_flow, reparametrise
 
@@ -71,8 +73,10 @@ def _outer_sample(executor: Any, noise: Tensor, latent_image: Tensor, sampler: A
         options[_POST] = [partial(_exact_cfg, run), *options.get(_POST, [])]
     if options.get("context_handler") is not None:
         options["context_handler"] = _WindowedBranches(options["context_handler"], run)
-    if "model_function_wrapper" in options:
-        options["model_function_wrapper"] = partial(_with_hidden_labels, options["model_function_wrapper"])
+    options["model_function_wrapper"] = partial(_with_host_labels, run, options.get("model_function_wrapper", _call_model))
+    wrappers = options["transformer_options"]["wrappers"]
+    ours = wrappers[WrappersMP.CALC_COND_BATCH].pop(KEY)  # to the outside, where the lanes are still those of the guider
+    wrappers[WrappersMP.CALC_COND_BATCH] = {KEY: ours, **wrappers[WrappersMP.CALC_COND_BATCH]}
     try:
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     finally:
@@ -143,20 +147,26 @@ class _Weak:
         handler = guider.model_options.get("context_handler")
         if handler is not None:
             self.options["context_handler"] = handler.handler
-        conds = {"positive": [cond.copy() for cond in guider.original_conds["positive"]]}
+        conds = {name: [cond.copy() for cond in conds] for name, conds in guider.original_conds.items()}
         comfy.samplers.preprocess_conds_hooks(conds)
         comfy.sampler_helpers.prepare_model_patcher(patcher, conds, self.options)
+        comfy.samplers.filter_registered_hooks_on_conds(conds, self.options)
+        comfy.samplers.cast_to_load_options(self.options, device=patcher.load_device, dtype=patcher.model_dtype())
         transformer_options[PLAN], transformer_options[RUN] = GuidancePlan(), run
         transformer_options.setdefault("wrappers", {}).setdefault(WrappersMP.APPLY_MODEL, {})[KEY] = [_apply_model]
         self.shared = patcher.model is guider.model_patcher.model
         if not self.shared:
             patcher.pre_run()
-        self.conds = comfy.samplers.process_conds(
-            self.model, noise, conds, patcher.load_device, latent_image, denoise_mask, extra_args.get("seed")
-        )["positive"]
+        seed, shapes = extra_args.get("seed"), run.latent_shapes
+        conds = comfy.samplers.process_conds(
+            self.model, noise, conds, patcher.load_device, latent_image, denoise_mask, seed, latent_shapes=shapes
+        )
+        self.conds = conds["positive"]
 
     def finish(self) -> None:
-        """Undo pre_run."""
+        """Undo what the preparation did to the patcher."""
+        comfy.samplers.cast_to_load_options(self.options, device=self.patcher.offload_device)
+        self.patcher.restore_hook_patches()
         if not self.shared:
             self.patcher.cleanup()
 
@@ -190,6 +200,8 @@ def _predict_noise(executor: Any, x: Tensor, timestep: Tensor, *args: Any, **kwa
 
 def _calc_cond_batch(executor: Any, model: Any, conds: list, x: Tensor, timestep: Tensor, options: dict[str, Any]) -> list[Tensor]:
     run = run_of(options)
+    if run is None:  # called outside of a sampling run
+        return executor(model, conds, x, timestep, options)
     return _evaluate(run, partial(executor, model), conds, x, timestep, options)
 
 
@@ -215,24 +227,25 @@ def _evaluate(run: Run, calc: Callable, conds: list, x: Tensor, timestep: Tensor
     if place is None or run.cond is not None:  # not the sampler's own evaluation, or this evaluation has been served
         return calc(conds, x, timestep, options)
     own = [branch for branch in run.wanted if branch.model is None]
-    run.labels = {len(conds) + i: branch for i, branch in enumerate(own)}
-    run.cond = x  # from here on nested and further calls of this evaluation pass through
-    lanes = _without_weightless(run, conds)
+    lanes = _without_weightless(run, conds, options)
+    negative = next((i for i, lane_ in enumerate(lanes) if lane_ is not None and i != place), None)
     if own:
-        lanes = with_control_views([*lanes, *(lane(positive, branch) for branch in own)])
-    out = calc(lanes, x, timestep, options)
-    run.cond, run.others = out[place], dict(zip(own, out[len(conds) :], strict=True))
+        lanes = with_control_views([*(lane(positive, branch) for branch in own), *lanes], run.host_labels)
+    run.cond = x  # from here on nested and further calls of this evaluation pass through
+    with run.in_front(own, place):
+        out = calc(lanes, x, timestep, options)
+    extra, out = out[: len(own)], out[len(own) :]
+    run.cond, run.others = out[place], dict(zip(own, extra, strict=True))
     for branch in run.wanted:
         if branch.model is not None:
             run.others[branch] = run.weak[branch.model].predict(x, timestep)
-    negative = next((out[i] for i, lane_ in enumerate(lanes[: len(conds)]) if lane_ is not None and i != place), None)
-    run.record_predictions(run.cond, negative)
-    return out[: len(conds)]
+    run.record_predictions(run.cond, None if negative is None else out[negative])
+    return out
 
 
-def _without_weightless(run: Run, conds: list) -> list:
+def _without_weightless(run: Run, conds: list, options: dict[str, Any]) -> list:
     """Drop lanes of a dual-CFG guider whose weights a policy has set to 1; the host itself drops only some of them."""
-    if not run.policies or _standard(run.guider) or run.guider.model_options.get("disable_cfg1_optimization"):
+    if not run.policies or _standard(run.guider) or options.get("disable_cfg1_optimization"):
         return conds
     if run.guider.cfg1 != 1.0 or run.guider.cfg2 != 1.0:
         return conds
@@ -241,28 +254,34 @@ def _without_weightless(run: Run, conds: list) -> list:
 
 def _apply_model(executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     options = kwargs["transformer_options"] if "transformer_options" in kwargs else args[_OPTIONS_PLACE]
-    run, labels = options[RUN], options["cond_or_uncond"]
+    run = options.get(RUN)
+    if run is None:  # called outside of a sampling run
+        return executor(x, t, *args, **kwargs)
+    labels = options.get(_LABELS, options["cond_or_uncond"])
     run.count(len(x), len(labels))
-    branches = options.get(_LABELS, labels)
-    variants = [run.labels[label].variant if label in run.labels else None for label in branches]
-    for variant in dict.fromkeys(variants):
-        if variant is not None:
-            options = variant.patch(options, [v == variant for v in variants])
-    options = options | {"cond_or_uncond": hidden(labels)}
+    branches = [run.branch_of(label) for label in labels]
+    for variant in dict.fromkeys(branch.variant for branch in branches if branch is not None):
+        options = variant.patch(options, [branch is not None and branch.variant == variant for branch in branches])
     if "transformer_options" in kwargs:
         return executor(x, t, *args, **kwargs | {"transformer_options": options})
     return executor(x, t, *args[:_OPTIONS_PLACE], options, *args[_OPTIONS_PLACE + 1 :], **kwargs)
 
 
 _OPTIONS_PLACE = 3  # of transformer_options among apply_model's arguments after x and t
-_LABELS = "lodestar_labels"  # the real labels, where cond_or_uncond is already hidden
+_LABELS = "lodestar_labels"  # the lanes of the batch, where cond_or_uncond says what they would be without us
 
 
-def _with_hidden_labels(function: Callable, apply_model: Callable, arguments: dict[str, Any]) -> Tensor:
-    """Another pack's model_function_wrapper, which sees the labels of extra branches as cond."""
-    labels = arguments["cond_or_uncond"]
-    options = arguments["c"]["transformer_options"] | {_LABELS: labels, "cond_or_uncond": hidden(labels)}
-    return function(apply_model, arguments | {"cond_or_uncond": hidden(labels), "c": arguments["c"] | {"transformer_options": options}})
+def _with_host_labels(run: Run, function: Callable, apply_model: Callable, arguments: dict[str, Any]) -> Tensor:
+    """The host's slot around apply_model: from here inwards nobody sees the labels of extra branches."""
+    lanes = arguments["cond_or_uncond"]
+    labels = run.host_labels(lanes)
+    options = arguments["c"]["transformer_options"] | {_LABELS: lanes, "cond_or_uncond": labels}
+    return function(apply_model, arguments | {"cond_or_uncond": labels, "c": arguments["c"] | {"transformer_options": options}})
+
+
+def _call_model(apply_model: Callable, arguments: dict[str, Any]) -> Tensor:
+    """What the host does where nobody has claimed that slot."""
+    return apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
 
 
 # --- combination -----------------------------------------------------------------------------------------------------

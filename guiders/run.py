@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import FrameType
@@ -58,13 +60,16 @@ class Run:
         self.plan = plan
         self.guider = guider
         self.sigmas: list[float] = sigmas.tolist()  # the only read of the schedule: later ones would stall a GPU
+        self.latent_shapes = latent_shapes
         self.layout = Layout.of(latent_shapes)
         self.model_sampling = guider.model_patcher.get_model_object("model_sampling")
         self.memories: dict[int, dict[str, Any]] = {}
-        self.index = -1
+        self.windows = [window(self.model_sampling, rule.start_percent, rule.end_percent) for rule in plan.rules]
+        self.index = self.furthest = -1
         self.first = True
         self.wanted: tuple[Branch, ...] = ()
-        self.labels: dict[int, Branch] = {}
+        self.lanes: list[Branch] = []
+        self.place = 0
         self.cond: Tensor | None = None
         self.others: dict[Branch, Tensor] = {}
         self.shaped: tuple[Tensor, Tensor] | None = None
@@ -88,13 +93,9 @@ class Run:
         """Active policies with their place in the plan."""
         return self.plan.active(Policy)
 
-    @cached_property
-    def _windows(self) -> list[tuple[float, float]]:
-        return [window(self.model_sampling, rule.start_percent, rule.end_percent) for rule in self.plan.rules]
-
     def covers(self, index: int) -> bool:
         """Whether the current solver step starts inside the window of rule number ``index``: sigma_end < sigma <= sigma_start."""
-        high, low = self._windows[index]
+        high, low = self.windows[index]
         return low < self.sigmas[self.index] <= high
 
     def begin_evaluation(self, sigma: Tensor) -> None:
@@ -102,10 +103,31 @@ class Run:
         index = solver_step(len(self.sigmas))
         if index is None:
             index = nearest_step(self.sigmas, float(sigma.max()))
-        self.first = index != self.index
-        self.index = index
+        elif index < self.index:  # the sampler's loop starts again, on the next part of a video
+            self.furthest = -1
+            self.memories.clear()
+        self.first = index > self.furthest
+        self.index, self.furthest = index, max(index, self.furthest)
         self.wanted = tuple(dict.fromkeys(branch for i, term in self.terms if self.covers(i) for branch in term.branches))
-        self.cond, self.others, self.labels, self.shaped = None, {}, {}, None
+        self.cond, self.others, self.shaped = None, {}, None
+
+    @contextmanager
+    def in_front(self, lanes: list[Branch], place: int) -> Iterator[None]:
+        """While the host evaluates extra lanes in front of its own, where the conditional one is number ``place``."""
+        self.lanes, self.place = lanes, place
+        try:
+            yield
+        finally:
+            self.lanes = []
+
+    def branch_of(self, label: int) -> Branch | None:
+        """The branch that a number in ``cond_or_uncond`` stands for; None for the sampler's own lanes."""
+        return self.lanes[label] if label < len(self.lanes) else None
+
+    def host_labels(self, labels: Sequence[int]) -> list[int]:
+        """``cond_or_uncond`` as it would be without us: an extra branch counts as cond."""
+        extra = len(self.lanes)
+        return [self.place if label < extra else label - extra for label in labels]
 
     def step(self, index: int) -> Step:
         """The current step as rule number ``index`` sees it."""
@@ -148,19 +170,23 @@ def last_log(plan: GuidancePlan) -> RunLog | None:
     return _LOGS.get(plan)
 
 
+_LOOPS = (("i", "sigmas"), ("step_index", "timesteps"))  # k-diffusion, UniPC
+
+
 def solver_step(levels: int) -> int | None:
     """Index of the solver step that is asking for an evaluation, read off the sampler's own loop; None if it has no such loop.
 
-    k-diffusion samplers loop with ``i`` over ``sigmas``. Nothing else tells the second stage of a Heun step from the first stage of
-    the next one (same noise level), and comparing noise levels would have to wait for the GPU at every step.
+    Nothing else tells the second stage of a Heun step from the first stage of the next one (same noise level), and comparing noise
+    levels would have to wait for the GPU at every step.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         names = frame.f_code.co_varnames
-        if "i" in names and "sigmas" in names:
-            i, sigmas = frame.f_locals.get("i"), frame.f_locals.get("sigmas")
-            if isinstance(i, int) and isinstance(sigmas, Tensor) and len(sigmas) == levels and 0 <= i < levels - 1:
-                return i
+        for counter, schedule in _LOOPS:
+            if counter in names and schedule in names:
+                i, sigmas = frame.f_locals.get(counter), frame.f_locals.get(schedule)
+                if isinstance(i, int) and isinstance(sigmas, Tensor) and len(sigmas) == levels and 0 <= i < levels - 1:
+                    return i
         frame = frame.f_back
     return None
 
