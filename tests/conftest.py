@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import launch
+import sys
+from pathlib import Path
+
 import pytest
 
+import launch
+
+sys.path.append(str(Path(__file__).parent))  # for tools.py
 launch.alias_pack_without_host()
 
 
