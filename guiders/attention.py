@@ -52,7 +52,7 @@ class IdentityAttention:
         for layer in self.layers:
             if layer.architecture.hook == "block":
                 _wrap_block(patches, layer.stack, layer.block, override.inside)
-        if any(layer.stack == "single" and layer.architecture.joint for layer in self.layers):
+        if any(layer.stack == "single" and layer.architecture.hook == "block" for layer in self.layers):
             _wrap_block(patches, "double", 0, override.measured)
         return options
 
