@@ -7,10 +7,11 @@ from typing import ClassVar
 
 import pytest
 import torch
+from torch import Tensor
+
 from lodestar.guiders.apg import APG, project, projected_update
 from lodestar.guiders.run import Step
 from lodestar.guiders.spaces import Layout
-from torch import Tensor
 
 SETTINGS = [(0.0, 15.0, -0.5), (0.0, 2.5, -0.75), (1.0, 5.0, 0.0), (0.0, 0.0, 0.0), (0.5, 7.5, -0.25), (-1.0, 1.0, 0.9)]
 SHAPES = [(2, 4, 60), (2, 4, 6, 10), (2, 4, 3, 4, 5)]
@@ -216,8 +217,9 @@ def test_equals_diffusers(original, setting, shape):
 @pytest.mark.parametrize("setting", [(1.0, 0.0, 0.0), (0.0, 3.0, 0.0), (0.0, 3.0, -0.5)])
 def test_the_hosts_node_is_the_papers_form_one_scale_higher(host, kind, setting):
     """`APG` of the host: D_c + w g'. The paper: D_c + (w - 1) g'."""
-    from lodestar.tests import tools
+    import tools
     from comfy_extras.nodes_apg import APG as HostAPG
+
     from lodestar.guiders.engine import attach
 
     model = tools.tiny(kind)
@@ -229,7 +231,8 @@ def test_the_hosts_node_is_the_papers_form_one_scale_higher(host, kind, setting)
 @pytest.mark.parametrize("kind", ["unet", "unet_v", "mmdit"])
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpm_2", "dpmpp_sde"])
 def test_every_evaluation_of_a_run_equals_the_listing_on_denoised_predictions(host, kind, sampler):
-    from lodestar.tests import tools
+    import tools
+
     from lodestar.guiders.engine import attach
     from lodestar.guiders.run import run_of
 
@@ -254,7 +257,8 @@ def test_every_evaluation_of_a_run_equals_the_listing_on_denoised_predictions(ho
 
 @pytest.mark.parametrize("kind", ["unet", "mmdit"])
 def test_a_second_run_starts_with_an_empty_buffer(host, kind):
-    from lodestar.tests import tools
+    import tools
+
     from lodestar.guiders.engine import attach
 
     model = attach(tools.tiny(kind), rule(0.0, 3.0, -0.5))
@@ -265,7 +269,8 @@ def test_a_second_run_starts_with_an_empty_buffer(host, kind):
 
 @pytest.mark.parametrize("cfg", [1.0, 4.0])
 def test_neutral_settings_and_cfg_1_change_no_bit(host, cfg):
-    from lodestar.tests import tools
+    import tools
+
     from lodestar.guiders.engine import attach
 
     model = tools.tiny("unet")
@@ -285,7 +290,8 @@ class Spy(APG):
 
 @pytest.mark.parametrize(("sampler", "evaluations"), [("euler", 6), ("heun", 11), ("dpm_2", 11), ("dpmpp_sde", 11)])
 def test_samplers_of_several_stages_advance_the_momentum_once_per_step(host, sampler, evaluations):
-    from lodestar.tests import tools
+    import tools
+
     from lodestar.guiders.engine import attach
 
     Spy.seen.clear()

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from lodestar.guiders.spaces import (
     Layout,
     cosine_per_sample,
