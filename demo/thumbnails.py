@@ -1,0 +1,32 @@
+"""Pictures for the host's template browser: ``python run.py python demo/thumbnails.py`` runs every workflow and writes its ``.jpg``."""
+
+from __future__ import annotations
+
+import io
+import json
+
+from PIL import Image
+from tqdm import tqdm
+
+from lodestar.demo import api, sheet
+from lodestar.demo.compare import WORKFLOWS
+from serving import server
+
+SIDE = 384
+CURVES = ("report",)  # workflows that are about their last picture, not the first
+
+
+def main() -> None:
+    """Write all thumbnails."""
+    with server() as url:
+        client = api.Client(url)
+        for path in tqdm(sorted(WORKFLOWS.glob("*.json")), unit="workflow"):
+            prompt = api.to_prompt(json.loads(path.read_text(encoding="utf-8")), client.node_types)
+            outputs = client.run(prompt)
+            node = sorted(api.find(prompt, "PreviewImage"), key=int)[-1 if path.stem in CURVES else 0]
+            pictures = [Image.open(io.BytesIO(file)).convert("RGB") for file in client.images(outputs[node])]
+            sheet.tiled(pictures, SIDE).save(path.with_suffix(".jpg"), quality=88)
+
+
+if __name__ == "__main__":
+    main()
