@@ -67,7 +67,8 @@ def with_own_weights(weak_model: Any, model: Any) -> Any:
 
     comfy.model_management.unload_all_models()  # takes applied patches out of the weights before they are copied
     own = weak_model.clone()
-    own.model = copy.deepcopy(weak_model.model)
+    config = weak_model.model.model_config  # answers to every name, which copy takes for methods
+    own.model = copy.deepcopy(weak_model.model, {id(config): config})
     own.backup, own.object_patches_backup, own.pinned = {}, {}, set()
     return own
 
