@@ -90,7 +90,7 @@ WAN = {
 AV = {
     "image_model": "ltxav", "cross_attention_dim": 64, "audio_cross_attention_dim": 64, "attention_head_dim": 32,
     "audio_attention_head_dim": 32, "num_attention_heads": 2, "audio_num_attention_heads": 2, "caption_channels": 64, "num_layers": 2,
-    "dtype": torch.float32,
+    "connector_attention_head_dim": 32, "connector_num_attention_heads": 2, "connector_num_layers": 1, "dtype": torch.float32,
 }  # fmt: skip
 
 
