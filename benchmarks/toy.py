@@ -328,6 +328,31 @@ def token_figure(file: Path, scene: dict[str, Tensor]) -> None:
     figure(file, (0.0, 0.0), 3.0, panels)
 
 
+def report_example(file: Path) -> None:
+    """What Guidance Report shows of a run of the demo model: the picture of its own help page."""
+    import comfy.sample
+
+    from lodestar.guiders.apg import APG
+    from lodestar.guiders.engine import attach
+    from lodestar.guiders.layers import resolve_layers
+    from lodestar.nodes.demo_model import LodestarDemoModel
+    from lodestar.nodes.report import LodestarReport
+
+    model, clip, _ = LodestarDemoModel.execute("unet", "main").args
+    perturbation = IdentityAttention(resolve_layers(model, "middle"))
+    model = attach(attach(model, APG(norm_threshold=5.0)), PAG(perturbation=perturbation, scale=2.0, start_percent=0.1, end_percent=0.8))
+    prompts = ("a large purple pentagon on a cream background", "")
+    conds = [clip.encode_from_tokens_scheduled(clip.tokenize(prompt)) for prompt in prompts]
+    latent = torch.zeros(4, 3, 32, 32)
+    noise = comfy.sample.prepare_noise(latent, 7)
+    with torch.inference_mode():
+        comfy.sample.sample(model, noise, 20, 6.0, "euler", "normal", *conds, latent, disable_pbar=True, seed=7)
+    picture = LodestarReport.execute(model, {}).args[1][0]
+    image = Image.fromarray((picture.numpy() * 255).round().astype(np.uint8))
+    image.quantize(64, dither=Image.Dither.NONE).save(file, optimize=True)
+    print(f"{file.name}: {file.stat().st_size / 1000:.0f} kB")
+
+
 def main() -> None:
     """Draw all figures into the help pages' folder."""
     folder = Path(__file__).resolve().parent.parent / "js" / "docs"
@@ -338,6 +363,7 @@ def main() -> None:
     tree_figure(folder / "interval.png", tree, ["no guidance", "CFG, w 4", "CFG, w 4, interval"])
     ring_figure(folder / "apg.png", ring_scene(60))
     token_figure(folder / "pag.png", token_scene(40))
+    report_example(folder / "report.png")
 
 
 if __name__ == "__main__":
