@@ -5,6 +5,7 @@ Nothing here is a special case for the host: the networks are its UNetModel and 
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
+import comfy.model_sampling
 import comfy.sd
 import comfy.supported_models
 import comfy.utils
@@ -25,6 +27,7 @@ from .text import LENGTH, WIDTH, CaptionEncoder, CaptionTokenizer
 WEIGHTS = Path(__file__).parent / "weights"
 MODELS = ("unet", "mmdit")
 STRENGTHS = ("main", "weak")
+PATCH = 4
 
 
 class ShapesLatent(comfy.latent_formats.LatentFormat):
@@ -37,11 +40,32 @@ class ShapesLatent(comfy.latent_formats.LatentFormat):
 
 
 class PatchedUNet(UNetModel):
-    """The host's UNet on 2x2 pixel patches (space to depth): a quarter of the work of a pixel-level UNet."""
+    """The host's UNet on 4x4 pixel patches (space to depth, a small part of the work of a pixel-level UNet), with a preconditioned output.
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        out = super().forward(rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=2, q=2), *args, **kwargs)
-        return rearrange(out, "b (c p q) h w -> b c (h p) (w q)", p=2, q=2)
+    The stem also sees where in the picture a patch lies, as a transformer's position embedding would tell it.
+    eps = s x + sqrt(1 - s^2) F(x) with s = sigma / sqrt(sigma^2 + 1), x the host's unit-variance input and F the network: what EDM's
+    c_skip and c_out (Karras et al. 2022, table 1) are for an eps model. An error of F then reaches x0 undiminished but not magnified.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        sigmas = comfy.model_sampling.ModelSamplingDiscrete().sigmas
+        self.register_buffer("skip", sigmas / (sigmas**2 + 1).sqrt(), persistent=False)
+
+    def forward(self, x: torch.Tensor, timesteps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        patches = rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=PATCH, q=PATCH)
+        patches = torch.cat([patches, _places(patches).expand(len(x), -1, -1, -1)], dim=1)
+        out = rearrange(super().forward(patches, timesteps, *args, **kwargs), "b (c p q) h w -> b c (h p) (w q)", p=PATCH, q=PATCH)
+        skip = self.skip[timesteps.round().long().clamp(0, len(self.skip) - 1)][:, None, None, None]
+        return skip * x + (1 - skip**2).sqrt() * out
+
+
+def _places(patches: torch.Tensor) -> torch.Tensor:
+    """Position channels [1, 8, H, W] for patches [B, C, H, W]: x, y in [-1, 1] and a few of their harmonics."""
+    axes = [torch.linspace(-1, 1, size, device=patches.device, dtype=patches.dtype) for size in patches.shape[-2:]]
+    grid = torch.stack(torch.meshgrid(*axes, indexing="ij"))
+    waves = [grid, (math.pi * grid).sin(), (math.pi * grid).cos(), (2 * math.pi * grid).cos()]
+    return torch.cat(waves)[None]
 
 
 class _UNetBase(comfy.model_base.BaseModel):
@@ -53,11 +77,14 @@ class _UNetBase(comfy.model_base.BaseModel):
 
 
 class ShapesUNet(comfy.supported_models.SD15):
-    """A UNet with self- and cross-attention at 16x16 and 8x8 and in the middle; eps prediction."""
+    """A UNet with self- and cross-attention at 8x8 and 4x4 patches and in the middle; eps prediction."""
 
     unet_extra_config = {"num_heads": -1, "num_head_channels": 32}
     latent_format = ShapesLatent
     supported_inference_dtypes = (torch.float32,)
+
+    def inpaint_model(self) -> bool:
+        return False
 
     def get_model(self, state_dict: dict, prefix: str = "", device: object = None) -> comfy.model_base.BaseModel:
         return _UNetBase(self, device=device)
@@ -74,10 +101,11 @@ class ShapesMMDiT(comfy.supported_models.SD3):
         return False
 
 
-def _unet_config(multipliers: tuple[int, int]) -> dict[str, Any]:
+def _unet_config(channels: int, depth: int) -> dict[str, Any]:
     return {
-        "image_size": 16, "in_channels": 12, "out_channels": 12, "model_channels": 32, "num_res_blocks": [1, 1],
-        "channel_mult": multipliers, "transformer_depth": [1, 1], "transformer_depth_output": [1, 1, 1, 1], "transformer_depth_middle": 1,
+        "image_size": 8, "in_channels": 3 * PATCH**2 + 8, "out_channels": 3 * PATCH**2, "model_channels": channels,
+        "num_res_blocks": [1, 1], "channel_mult": (1, 1), "transformer_depth": [depth, 1],
+        "transformer_depth_output": [depth, depth, 1, 1], "transformer_depth_middle": 1, "use_scale_shift_norm": True,
         "use_spatial_transformer": True, "use_linear_in_transformer": True, "context_dim": WIDTH, "legacy": False,
         "num_classes": "sequential", "adm_in_channels": WIDTH, "dtype": torch.float32,
     }  # fmt: skip
@@ -85,7 +113,7 @@ def _unet_config(multipliers: tuple[int, int]) -> dict[str, Any]:
 
 def _mmdit_config(width: int, blocks: int) -> dict[str, Any]:
     return {
-        "input_size": None, "patch_size": 4, "in_channels": 3, "depth": width, "num_blocks": blocks, "num_patches": None,
+        "input_size": None, "patch_size": PATCH, "in_channels": 3, "depth": width, "num_blocks": blocks, "num_patches": None,
         "pos_embed_max_size": 64, "pos_embed_scaling_factor": None, "adm_in_channels": WIDTH, "qk_norm": "rms",
         "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": WIDTH, "out_features": 64 * width}},
         "dtype": torch.float32,
@@ -93,8 +121,8 @@ def _mmdit_config(width: int, blocks: int) -> dict[str, Any]:
 
 
 _CONFIGS = {
-    ("unet", "main"): lambda: ShapesUNet(_unet_config((1, 3))),
-    ("unet", "weak"): lambda: ShapesUNet(_unet_config((1, 1))),
+    ("unet", "main"): lambda: ShapesUNet(_unet_config(64, 2)),
+    ("unet", "weak"): lambda: ShapesUNet(_unet_config(32, 1)),
     ("mmdit", "main"): lambda: ShapesMMDiT(_mmdit_config(2, 6)),
     ("mmdit", "weak"): lambda: ShapesMMDiT(_mmdit_config(1, 4)),
 }

@@ -25,7 +25,7 @@ _COLOUR_RGB = torch.tensor([
     [0.72, 0.28, 0.26], [0.82, 0.55, 0.26], [0.36, 0.58, 0.33], [0.27, 0.42, 0.70], [0.52, 0.35, 0.62], [0.27, 0.62, 0.60],
 ])  # fmt: skip
 _BACKGROUND_RGB = torch.tensor([[0.60, 0.60, 0.60], [0.87, 0.82, 0.70], [0.64, 0.75, 0.86], [0.20, 0.20, 0.23]])
-_RADIUS = torch.tensor([[6.0, 7.0], [9.6, 11.0]])  # pixels, [size, (low, high)]
+_RADIUS = torch.tensor([[6.2, 6.8], [9.9, 10.8]])  # pixels, [size, (low, high)]
 _PAIR_SCALE = 0.66  # two objects share the canvas, so both are drawn smaller
 _SIDES = torch.tensor([3.0, 3.0, 3.0, 4.0, 5.0, 6.0, 3.0, 3.0])  # by shape index; only read for the polygons
 _GROW = torch.tensor([1.0, 1.0, 1.22, 1.12, 1.04, 1.0, 1.15, 1.0])  # equal-looking sizes
@@ -43,7 +43,7 @@ class Scenes:
         return len(self.background)
 
 
-def random_scenes(count: int, generator: torch.Generator, pairs: float = 0.2) -> Scenes:
+def random_scenes(count: int, generator: torch.Generator, pairs: float = 0.15) -> Scenes:
     """Draw attributes uniformly; a share ``pairs`` of the scenes has two objects of different colour."""
 
     def pick(high: int, *shape: int) -> torch.Tensor:
@@ -89,7 +89,7 @@ def draw(scenes: Scenes, generator: torch.Generator, size: int = SIZE) -> torch.
 
     two = scenes.relation >= 0
     light = uniform(0, 2 * math.pi)
-    middle = uniform(-3.0, 3.0, 2)
+    middle = uniform(-1.0, 1.0, 2)
     spread = torch.where(scenes.relation[:, None] == 0, torch.tensor([7.6, 0.0]), torch.tensor([0.0, 7.6]))
     for index, side in ((0, -1.0), (1, 1.0)):
         size_, colour, shape = scenes.objects[:, index].unbind(-1)
@@ -97,7 +97,7 @@ def draw(scenes: Scenes, generator: torch.Generator, size: int = SIZE) -> torch.
         radius = (low + (high - low) * uniform(0, 1)) * torch.where(two, _PAIR_SCALE, 1.0)
         centre = torch.where(two[:, None], side * spread + uniform(-0.7, 0.7, 2), middle)
         px, py = x - rearrange(centre[:, 0], "b -> b 1 1"), y - rearrange(centre[:, 1], "b -> b 1 1")
-        turn = uniform(-0.2, 0.2)
+        turn = uniform(-0.1, 0.1)
         cover = _cover(px, py, radius, turn, shape, size)
         shadow = _cover(px - 1.2, py - 1.4, radius, turn, shape, size, softness=2.5)
         shown = (two | (index == 0)).float()[:, None, None, None]

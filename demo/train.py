@@ -32,11 +32,11 @@ class Recipe(NamedTuple):
 
 
 RECIPES = {
-    "classifier": Recipe(160_000, 64, 2e-3),
-    "unet_main": Recipe(220_000, 64, 1.5e-3),
-    "unet_weak": Recipe(24_000, 64, 1.5e-3),
-    "mmdit_main": Recipe(350_000, 64, 2e-3),
-    "mmdit_weak": Recipe(40_000, 64, 2e-3),
+    "unet_main": Recipe(150_000, 16, 1.5e-3),
+    "unet_weak": Recipe(12_000, 16, 1e-3),
+    "mmdit_main": Recipe(84_000, 16, 1e-3),
+    "mmdit_weak": Recipe(16_000, 16, 1e-3),
+    "classifier": Recipe(60_000, 32, 2e-3),
 }
 
 
@@ -51,22 +51,28 @@ class Diffusion(torch.nn.Module):
         self.encoder.load_sd(text.word_table())
 
     def loss(self, scenes: shapes.Scenes, pictures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Mean squared error of the noise (eps) or the velocity (flow): both are (x - D) / sigma."""
+        """Weighted mean squared error of the noise (eps) or the velocity (flow): both are (x - D) / sigma."""
         sampling = self.host.model_sampling
         keep = torch.rand(len(scenes), generator=generator) >= CAPTION_DROPOUT
         words = [caption if kept else "" for caption, kept in zip(shapes.captions(scenes), keep, strict=True)]
         context, pooled = self.encoder.encode(words)
         latent = self.host.process_latent_in(pictures * 2 - 1)
+        spread = torch.randn(len(scenes), generator=generator)
         if self.host.model_type is models.comfy.model_base.ModelType.EPS:
-            timestep = torch.randint(1000, (len(scenes),), generator=generator).float()
+            timestep = sampling.timestep((1.2 * spread).exp()).float()
         else:
-            timestep = 1000 * torch.sigmoid(torch.randn(len(scenes), generator=generator)).clamp(1e-3)
+            timestep = 1000 * torch.sigmoid(spread).clamp(1e-3)
         sigma = sampling.sigma(timestep)
         noise = torch.randn(latent.shape, generator=generator)
         level = sigma[:, None, None, None]
         x = sampling.noise_scaling(level, noise, latent)
         out = self.net(sampling.calculate_input(sigma, x), sampling.timestep(sigma).float(), context=context, y=pooled)
-        return ((x - sampling.calculate_denoised(sigma, out, x) - (x - latent)) / level).square().mean()
+        error = (sampling.calculate_denoised(sigma, out, x) - latent) / level
+        return (error.square() * self.weight(level)).mean()
+
+    def weight(self, level: torch.Tensor) -> torch.Tensor:
+        """Loss weight per noise level: makes the error of the network's own output count alike at every level."""
+        return 1.0 + level**2 if self.host.model_type is models.comfy.model_base.ModelType.EPS else torch.ones_like(level)
 
 
 class Attributes(torch.nn.Module):
@@ -106,7 +112,7 @@ class Trainer:
         self.net.train().requires_grad_(True)
         if name != "classifier":
             initialise(self.net, seed)
-        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=self.recipe.rate, betas=(0.9, 0.99))
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=self.recipe.rate, betas=(0.9, 0.99), fused=True)
         self.average = {key: value.clone() for key, value in self.net.state_dict().items()}
         self.step, self.seconds = 0, 0.0
         self.path = STATE / f"{name}.safetensors"
@@ -116,13 +122,13 @@ class Trainer:
     def train_step(self) -> float:
         """One batch; everything random in it follows from the seed and the step number."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
-        scenes = shapes.random_scenes(self.recipe.batch, generator, pairs=0.0 if self.name == "classifier" else 0.2)
+        scenes = shapes.random_scenes(self.recipe.batch, generator, pairs=0.0 if self.name == "classifier" else 0.15)
         loss = self.task.loss(scenes, shapes.draw(scenes, generator), generator)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
         self.step += 1
         progress = self.step * self.recipe.batch / self.recipe.pictures
-        rate = self.recipe.rate * min(1.0, self.step / 200) * min(1.0, 0.02 + 2 * max(0.0, 1 - progress))
+        rate = self.recipe.rate * min(1.0, self.step / 100) * min(1.0, 0.02 + 2 * max(0.0, 1 - progress))
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
