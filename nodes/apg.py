@@ -31,7 +31,8 @@ class LodestarAPG(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "norm_threshold", default=15.0, min=0.0, max=1000.0, step=0.1,
-                    tooltip="Largest norm of the update, per image; 0 turns it off. Paper: 15 for SDXL, 7.5 for SD2.1, 2.5 to 5 for small latents.",
+                    tooltip="Largest norm of the update, per image; 0 turns it off. Paper: 15 for SDXL, 7.5 for SD2.1, "
+                    "2.5 to 5 for small latents.",
                 ),
                 io.Float.Input(
                     "momentum", default=-0.5, min=-0.99, max=0.99, step=0.01,

@@ -23,7 +23,9 @@ class LodestarDemoModel(io.ComfyNode):
             search_aliases=["demo", "shapes", "tiny model", "test model"],
             inputs=[
                 io.Combo.Input("model", options=list(MODELS), default="unet", tooltip="unet predicts noise, mmdit is a flow transformer."),
-                io.Combo.Input("strength", options=list(STRENGTHS), default="main", tooltip="weak is smaller and less trained: for Autoguidance."),
+                io.Combo.Input(
+                    "strength", options=list(STRENGTHS), default="main", tooltip="weak is smaller and less trained: for Autoguidance."
+                ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The diffusion model."),

@@ -21,7 +21,8 @@ class LodestarReport(io.ComfyNode):
             node_id="LodestarReport",
             display_name="Guidance Report",
             category="lodestar/report",
-            description="What guidance did in the last sampling run of a model: evaluations, time, and the size of each update over the steps.",
+            description="What guidance did in the last sampling run of a model: evaluations, time, "
+            "and the size of each update over the steps.",
             search_aliases=["nfe", "log", "curve", "statistics", "cost"],
             inputs=[
                 io.Model.Input("model", tooltip="The same MODEL that goes into the sampler."),
