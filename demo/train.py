@@ -32,7 +32,7 @@ class Recipe(NamedTuple):
 
 
 RECIPES = {
-    "unet_main": Recipe(150_000, 16, 1.5e-3),
+    "unet_main": Recipe(125_000, 16, 1.5e-3),
     "unet_weak": Recipe(12_000, 16, 1e-3),
     "mmdit_main": Recipe(84_000, 16, 1e-3),
     "mmdit_weak": Recipe(16_000, 16, 1e-3),
