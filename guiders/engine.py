@@ -296,16 +296,15 @@ def _shape_cfg(run: Run, args: dict[str, Any]) -> Tensor:
         shapers = [(index, shaper) for index, shaper in run.shapers if run.covers(index)]
         for index, shaper in shapers:
             update = shaper.shape(update, cond, run.step(index))
-            run.record_update(shaper, cond, cond + (w - 1) * update)
+            run.record_update(index, cond, cond + (w - 1) * update)
         denoised = cond + (w - 1) * update if shapers else uncond + update * w
-    residual = args["input"] - denoised
-    run.shaped = (residual, denoised)
-    return residual
+    run.shaped = denoised
+    return args["input"] - denoised
 
 
 def _exact_cfg(run: Run, args: dict[str, Any]) -> Tensor:
     """First post-CFG function: hand on the shaped prediction itself, since x - (x - D) is D only up to rounding."""
-    return args["denoised"] if run.shaped is None else run.shaped[1]
+    return args["denoised"] if run.shaped is None else run.shaped
 
 
 def _post_cfg_term(index: int, args: dict[str, Any]) -> Tensor:
@@ -322,7 +321,7 @@ def _add_term(run: Run, index: int, denoised: Tensor) -> Tensor:
     if run.cond is None:
         raise RuntimeError(f"{term.name} found no conditional prediction: another node replaces the host's evaluation of the conds.")
     guided = term.add(denoised, run.cond, run.others, run.step(index))
-    run.record_update(term, denoised, guided)
+    run.record_update(index, denoised, guided)
     return guided
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .branches import Branch
-from .plan import GuidancePlan, Policy, Rule, Shaper, Term
+from .plan import GuidancePlan, Policy, Shaper, Term
 from .spaces import Layout, cosine_per_sample, norm_per_sample, window
 
 RUN = "lodestar_run"
@@ -64,6 +64,8 @@ class Run:
         self.layout = Layout.of(latent_shapes)
         self.model_sampling = guider.model_patcher.get_model_object("model_sampling")
         self.memories: dict[int, dict[str, Any]] = {}
+        names = [rule.name for rule in plan.rules]
+        self.names = [name if names.count(name) == 1 else f"{name} {names[: i + 1].count(name)}" for i, name in enumerate(names)]
         self.windows = [window(self.model_sampling, rule.start_percent, rule.end_percent) for rule in plan.rules]
         self.index = self.furthest = -1
         self.first = True
@@ -72,7 +74,7 @@ class Run:
         self.place = 0
         self.cond: Tensor | None = None
         self.others: dict[Branch, Tensor] = {}
-        self.shaped: tuple[Tensor, Tensor] | None = None
+        self.shaped: Tensor | None = None
         self.weak: dict[Any, Any] = {}
         self.log = RunLog(steps=len(self.sigmas) - 1, batch=shape[0], sigmas=self.sigmas)
         self._curves: dict[str, dict[int, Tensor]] = {}
@@ -151,10 +153,10 @@ class Run:
             self.record("CFG update", norm_per_sample(cond - uncond, self.layout) / norm_per_sample(cond, self.layout))
             self.record("cosine of cond and uncond", cosine_per_sample(cond, uncond, self.layout))
 
-    def record_update(self, rule: Rule, before: Tensor, after: Tensor) -> None:
-        """Curve of what a rule changed, relative to the denoised image."""
+    def record_update(self, index: int, before: Tensor, after: Tensor) -> None:
+        """Curve of what rule number ``index`` changed, relative to the denoised image."""
         if self.first:
-            self.record(rule.name, norm_per_sample(after - before, self.layout) / norm_per_sample(before, self.layout))
+            self.record(self.names[index], norm_per_sample(after - before, self.layout) / norm_per_sample(before, self.layout))
 
     def finish(self) -> None:
         """Bring the curves to the CPU and publish the log under the plan."""

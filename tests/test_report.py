@@ -75,6 +75,17 @@ def test_it_shows_the_last_run_of_its_own_model(report):
     assert reported["apg"]["NFE"] == 6 and reported["pag"]["NFE"] == 12
 
 
+def test_two_nodes_of_one_kind_have_a_curve_each(host):
+    import tools
+
+    from lodestar.guiders.apg import APG
+    from lodestar.guiders.engine import attach
+
+    model = attach(attach(tools.tiny("unet"), APG(eta=0.5)), APG(eta=0.2))
+    tools.sample(model, steps=2)
+    assert {f"{APG.name} 1", f"{APG.name} 2"} <= set(tools.log_of(model).curves)
+
+
 def test_it_works_under_a_guider_without_negative(report):
     import comfy.samplers
     import comfy_extras.nodes_custom_sampler
