@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import uuid
 
 import pytest
@@ -26,12 +27,13 @@ def node(module: str, name: str, **inputs):
 
     def apply(model):
         cls = getattr(pytest.importorskip(f"comfy_extras.{module}"), name, None)
-        if cls is None:
-            pytest.skip(f"this ComfyUI has no {name}")
+        function = getattr(cls, "patch" if name == "RescaleCFG" else "execute", None)
+        if function is None or not set(inputs) <= set(inspect.signature(function).parameters):
+            pytest.skip(f"this ComfyUI has no {apply.__name__}")
         result = cls().patch(model, **inputs) if name == "RescaleCFG" else cls.execute(model, **inputs)
         return result[0] if isinstance(result, tuple) else result.result[0]
 
-    apply.__name__ = name + "".join(f" {value}" for value in inputs.values() if isinstance(value, bool))
+    apply.__name__ = name + "".join(f" {key}" for key, value in inputs.items() if value is True)
     return apply
 
 
