@@ -167,7 +167,7 @@ def compare(client: api.Client, settings: Settings) -> list[Result]:
 def one_run(client: api.Client, settings: Settings, result: Result, text: str, bar: tqdm) -> None:
     """Make one cell's pictures and keep its report."""
     prompt, image, report = prompt_for(client, settings, result.column, text)
-    outputs = client.run(prompt, tick=bar.refresh)
+    outputs = client.run(prompt, tick=lambda: sys.stderr.isatty() and bar.refresh())
     result.pictures.append([Image.open(io.BytesIO(file)).convert("RGB") for file in client.images(outputs[image])])
     result.reports.append(numbers(outputs[report]["text"][0]))
     bar.update()

@@ -1,0 +1,51 @@
+"""Both benchmarks in a small size."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+
+def rows_of(output):
+    """{row name: numbers} of the Markdown tables in an output."""
+    rows = {}
+    for line in output.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("|") and re.fullmatch(r"[\d.]+", cells[-1]):
+            rows[cells[0]] = [float(cell) for cell in cells[1:]]
+    return rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["unet", "mmdit"])
+def test_cost(host, capsys, model):
+    from lodestar.benchmarks import cost
+
+    assert cost.main(["--steps", "1", "--models", model]) == 0
+    rows = rows_of(capsys.readouterr().out)
+    calls, batch = {name: row[0] for name, row in rows.items()}, cost.BATCH
+    assert rows["conditional (cfg 1)"] == [1, batch, 1, 1]
+    assert rows["CFG"][:3] == rows["APG"][:3] == [1, 2 * batch, 2]
+    assert rows["CFG + PAG"][:3] == rows["APG + PAG"][:3] == [1, 3 * batch, 3]
+    assert rows["CFG + PAG + autoguidance"][:3] == [2, 4 * batch, 4]
+    assert rows["CFG + PAG"][3] <= 3.0 < rows["CFG + PAG + autoguidance"][3] < 3.5
+    host_pag = next(name for name in rows if name.startswith("host: CFG + PAG"))
+    assert calls[host_pag] == 2
+    assert ("(no effect)" in host_pag) == (model == "mmdit")
+
+
+@pytest.mark.slow
+def test_demo_quality(host, capsys, tmp_path):
+    from lodestar.benchmarks import demo_quality
+
+    sheet = tmp_path / "sheet.png"
+    code = demo_quality.main(["--samples", "64", "--sheet", str(sheet)])
+    output = capsys.readouterr().out
+    share = {name.strip(): float(value) for name, value in re.findall(r"^(\w+ ?\w*?) .*?([\d.]+)%$", output, re.MULTILINE)}
+    assert share["classifier"] >= 98
+    assert share["unet main"] >= 75 and share["mmdit main"] >= 70  # of 64: the targets are for 512
+    assert share["unet weak"] < share["unet main"] and share["mmdit weak"] < share["mmdit main"]
+    assert code == (0 if "FAIL" not in output else 1)
+    assert output.count("pass") + output.count("FAIL") == 4
+    assert sheet.stat().st_size > 10_000
