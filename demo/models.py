@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import comfy.latent_formats
 import comfy.model_base
@@ -79,7 +79,7 @@ class _UNetBase(comfy.model_base.BaseModel):
 class ShapesUNet(comfy.supported_models.SD15):
     """A UNet with self- and cross-attention at 8x8 and 4x4 patches and in the middle; eps prediction."""
 
-    unet_extra_config = {"num_heads": -1, "num_head_channels": 32}
+    unet_extra_config: ClassVar = {"num_heads": -1, "num_head_channels": 32}
     latent_format = ShapesLatent
     supported_inference_dtypes = (torch.float32,)
 
@@ -93,7 +93,7 @@ class ShapesUNet(comfy.supported_models.SD15):
 class ShapesMMDiT(comfy.supported_models.SD3):
     """SD3's joint transformer on 4x4 pixel patches; flow matching."""
 
-    sampling_settings = {"shift": 1.0}
+    sampling_settings: ClassVar = {"shift": 1.0}
     latent_format = ShapesLatent
     supported_inference_dtypes = (torch.float32,)
 
