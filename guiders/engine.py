@@ -6,7 +6,7 @@ A sampling call goes through them from the outside in:
     SAMPLER_SAMPLE   prepares the weak models' conditioning
     PREDICT_NOISE    finds the step, decides what to evaluate; adds terms for guiders that combine predictions themselves
     CALC_COND_BATCH  adds branches to the host's call, so that everything of one model goes through it together
-    APPLY_MODEL      counts, applies variants to the rows of their branches
+    APPLY_MODEL      leaves out rows, counts, applies variants to the rows of their branches (rows.py)
 
 Extra branches go in front of the host's own. The host fills a batch from the last to the first, so that their rows come last, and the
 first row labelled cond, the first uuid and so on are what they would be without us.
@@ -18,18 +18,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import comfy.model_patcher
-import comfy.sampler_helpers
 import comfy.samplers
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from .branches import lane, with_control_views
-from .plan import PLAN, GuidancePlan, Rule, Shaper, Term, plan_of
-from .run import RUN, Run, run_of
-from .spaces import is_flow, reparametrise
+from .plan import PLAN, Choice, GuidancePlan, Policy, Rule, Shaper, Term, plan_of
+from .rows import apply_model, call_model, replace_rows, with_host_labels
+from .run import KEY, RUN, Run, run_of
+from .weak import Weak
 
-KEY = "lodestar"
 _SLOT = "sampler_cfg_function"
 _POST = "sampler_post_cfg_function"
 _CFGS = ("cfg", "cfg1", "cfg2")  # the weights of the host's own guiders
@@ -39,7 +37,8 @@ _DUAL_CFG = "Guider_DualCFG"  # has a combination of its own, but made of the ho
 def attach(model: Any, rule: Rule | None = None) -> Any:
     """Clone a MODEL and add a rule to its plan; without a rule, runs are only counted.
 
-    Raises ValueError when the rule shapes the CFG update and another pack has already claimed that.
+    Raises ValueError when the rule shapes the CFG update and another pack has already claimed that, or when it decides what another
+    rule of the plan decides.
     """
     if rule is not None and isinstance(rule, Shaper) and not rule.neutral:
         _refuse_foreign_cfg(rule, model.model_options)
@@ -50,6 +49,7 @@ def attach(model: Any, rule: Rule | None = None) -> Any:
         for kind, wrapper in _WRAPPERS.items():
             clone.add_wrapper_with_key(kind, KEY, wrapper)
     if rule is not None:
+        _refuse_second(rule, plan)
         if isinstance(rule, Term):  # our place among other packs' post-CFG functions is the place of the node in the graph
             clone.set_model_sampler_post_cfg_function(partial(_post_cfg_term, len(plan.rules)))
         plan = plan + rule
@@ -60,12 +60,22 @@ def attach(model: Any, rule: Rule | None = None) -> Any:
     return clone
 
 
+def _refuse_second(rule: Rule, plan: GuidancePlan) -> None:
+    if not isinstance(rule, Policy) or not rule.claims or rule.neutral:
+        return
+    for _, other in plan.active(Policy):
+        if other.claims == rule.claims:
+            raise ValueError(f"{other.name} and {rule.name} both decide {rule.claims}; bypass one of the two nodes.")
+
+
 def _outer_sample(executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *args: Any, **kwargs: Any) -> Any:
     guider = executor.class_obj
     options = guider.model_options
     plan = plan_of(options)
     run = Run(plan, guider, sigmas, tuple(noise.shape), kwargs.get("latent_shapes"))
     _check_guider(run)
+    for _, policy in run.policies:
+        policy.check(guider, sampler, sigmas)
     options["transformer_options"][RUN] = run
     if run.shapers:
         _refuse_foreign_cfg(run.shapers[0][1], options)
@@ -73,7 +83,7 @@ def _outer_sample(executor: Any, noise: Tensor, latent_image: Tensor, sampler: A
         options[_POST] = [partial(_exact_cfg, run), *options.get(_POST, [])]
     if options.get("context_handler") is not None:
         options["context_handler"] = _WindowedBranches(options["context_handler"], run)
-    options["model_function_wrapper"] = partial(_with_host_labels, run, options.get("model_function_wrapper", _call_model))
+    options["model_function_wrapper"] = partial(with_host_labels, run, options.get("model_function_wrapper", call_model))
     wrappers = options["transformer_options"]["wrappers"]
     ours = wrappers[WrappersMP.CALC_COND_BATCH].pop(KEY)  # to the outside, where the lanes are still those of the guider
     wrappers[WrappersMP.CALC_COND_BATCH] = {KEY: ours, **wrappers[WrappersMP.CALC_COND_BATCH]}
@@ -112,68 +122,15 @@ def _refuse_foreign_cfg(rule: Rule, options: dict[str, Any]) -> None:
 def _sampler_sample(executor: Any, guider: Any, sigmas: Tensor, extra_args: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
     run = run_of(extra_args["model_options"])
     models = {id(b.model): b.model for _, term in run.terms for b in term.branches if b.model is not None}
-    prepared: list[_Weak] = []
+    prepared: list[Weak] = []
     try:
         for model in models.values():
-            prepared.append(_Weak(model, run, extra_args, *args[1:4], **kwargs))
+            prepared.append(Weak(model, run, extra_args, *args[1:4], **kwargs))
             run.weak[model] = prepared[-1]
         return executor(guider, sigmas, extra_args, *args, **kwargs)
     finally:
         for weak in prepared:
             weak.finish()
-
-
-class _Weak:
-    """A second model in the same run: its conditioning is the positive one, encoded for it as positive."""
-
-    def __init__(
-        self,
-        patcher: Any,
-        run: Run,
-        extra_args: dict[str, Any],
-        noise: Tensor,
-        latent_image: Tensor | None = None,
-        denoise_mask: Tensor | None = None,
-        **_: Any,
-    ) -> None:
-        guider = run.guider
-        self.patcher = patcher
-        self.model = patcher.model
-        self.flow = is_flow(patcher.get_model_object("model_sampling"))
-        self.main_flow = is_flow(run.model_sampling)
-        self.options = comfy.model_patcher.create_model_options_clone(patcher.model_options)
-        transformer_options = self.options.setdefault("transformer_options", {})
-        transformer_options["sample_sigmas"] = extra_args["model_options"]["transformer_options"].get("sample_sigmas")
-        handler = guider.model_options.get("context_handler")
-        if handler is not None:
-            self.options["context_handler"] = handler.handler
-        conds = {name: [cond.copy() for cond in conds] for name, conds in guider.original_conds.items()}
-        comfy.samplers.preprocess_conds_hooks(conds)
-        comfy.sampler_helpers.prepare_model_patcher(patcher, conds, self.options)
-        comfy.samplers.filter_registered_hooks_on_conds(conds, self.options)
-        comfy.samplers.cast_to_load_options(self.options, device=patcher.load_device, dtype=patcher.model_dtype())
-        transformer_options[PLAN], transformer_options[RUN] = GuidancePlan(), run
-        transformer_options.setdefault("wrappers", {}).setdefault(WrappersMP.APPLY_MODEL, {})[KEY] = [_apply_model]
-        self.shared = patcher.model is guider.model_patcher.model
-        if not self.shared:
-            patcher.pre_run()
-        seed, shapes = extra_args.get("seed"), run.latent_shapes
-        conds = comfy.samplers.process_conds(
-            self.model, noise, conds, patcher.load_device, latent_image, denoise_mask, seed, latent_shapes=shapes
-        )
-        self.conds = conds["positive"]
-
-    def finish(self) -> None:
-        """Undo what the preparation did to the patcher."""
-        comfy.samplers.cast_to_load_options(self.options, device=self.patcher.offload_device)
-        self.patcher.restore_hook_patches()
-        if not self.shared:
-            self.patcher.cleanup()
-
-    def predict(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """The weak model's denoised prediction [B, ...] at the main model's noisy point."""
-        x, sigma = reparametrise(x, sigma, self.main_flow, self.flow)
-        return comfy.samplers.calc_cond_batch(self.model, [self.conds], x, sigma, self.options)[0]
 
 
 # --- one evaluation --------------------------------------------------------------------------------------------------
@@ -184,9 +141,9 @@ def _predict_noise(executor: Any, x: Tensor, timestep: Tensor, *args: Any, **kwa
     run = run_of(guider.model_options)
     run.begin_evaluation(timestep)
     saved = {name: getattr(guider, name) for name in _CFGS if hasattr(guider, name)}
-    if any(not run.covers(index) for index, _ in run.policies):
+    if run.choice.weight is not None and guider.conds.get("negative") is not None:
         for name in saved:
-            setattr(guider, name, 1.0)
+            setattr(guider, name, run.choice.weight)
     try:
         denoised = executor(x, timestep, *args, **kwargs)
     finally:
@@ -226,21 +183,44 @@ def _evaluate(run: Run, calc: Callable, conds: list, x: Tensor, timestep: Tensor
     place = next((i for i, lane_ in enumerate(conds) if lane_ is not None and lane_ is positive), None)
     if place is None or run.cond is not None:  # not the sampler's own evaluation, or this evaluation has been served
         return calc(conds, x, timestep, options)
-    own = [branch for branch in run.wanted if branch.model is None]
     lanes = _without_weightless(run, conds, options)
-    negative = next((i for i, lane_ in enumerate(lanes) if lane_ is not None and i != place), None)
+    rest = [i for i, lane_ in enumerate(lanes) if lane_ is not None and i != place]
+    alone = bool(rest) and run.choice == Choice(weight=0) and not run.wanted  # D_u alone
+    left_out = [place] if alone else [] if run.choice.evaluated else rest
+    lanes = [None if i in left_out else lane_ for i, lane_ in enumerate(lanes)]
+    own = [branch for branch in run.wanted if branch.model is None]
+    needed = [run.choice.terms] * len(own) + [i == place or run.choice.evaluated for i in range(len(lanes))]
     if own:
         lanes = with_control_views([*(lane(positive, branch) for branch in own), *lanes], run.host_labels)
     run.cond = x  # from here on nested and further calls of this evaluation pass through
-    with run.in_front(own, place):
+    with run.in_front(own, place), run.only(*needed):
         out = calc(lanes, x, timestep, options)
     extra, out = out[: len(own)], out[len(own) :]
+    if alone:
+        out[place] = out[rest[0]].clone()
     run.cond, run.others = out[place], dict(zip(own, extra, strict=True))
     for branch in run.wanted:
         if branch.model is not None:
-            run.others[branch] = run.weak[branch.model].predict(x, timestep)
-    run.record_predictions(run.cond, None if negative is None else out[negative])
+            run.others[branch] = run.weak[branch.model].predict(x, timestep, run.choice.terms)
+    _complete(run, out, None if alone else place, rest, x, timestep)
     return out
+
+
+def _complete(run: Run, out: list[Tensor], place: int | None, rest: list[int], x: Tensor, timestep: Tensor) -> None:
+    """Show the policies what was evaluated, and put in its place what was not: a prediction, or D_c where there is no guidance."""
+    evaluated = run.choice.evaluated
+    for i in rest:
+        out[i] = replace_rows(out[i], evaluated, run.cond)
+    cond = None if place is None else run.cond
+    uncond = out[rest[0]] if rest and evaluated else None
+    run.record_predictions(cond, uncond)
+    predictors = [index for index in run.choices if run.choices[index].predicted]
+    for index, policy in run.policies:
+        run.revise(index, policy.observe(cond, uncond, x, timestep, run.step(index)))
+    for i in rest:
+        for index in predictors:
+            out[i] = run.plan.rules[index].predict(run.cond, x, timestep, run.step(index))
+        out[i] = replace_rows(out[i], run.choice.uncond, run.cond)
 
 
 def _without_weightless(run: Run, conds: list, options: dict[str, Any]) -> list:
@@ -252,38 +232,6 @@ def _without_weightless(run: Run, conds: list, options: dict[str, Any]) -> list:
     return [lane_ if lane_ is run.guider.conds["positive"] else None for lane_ in conds]
 
 
-def _apply_model(executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    options = kwargs["transformer_options"] if "transformer_options" in kwargs else args[_OPTIONS_PLACE]
-    run = options.get(RUN)
-    if run is None:  # called outside of a sampling run
-        return executor(x, t, *args, **kwargs)
-    labels = options.get(_LABELS, options["cond_or_uncond"])
-    run.count(len(x), len(labels))
-    branches = [run.branch_of(label) for label in labels]
-    for variant in dict.fromkeys(branch.variant for branch in branches if branch is not None):
-        options = variant.patch(options, [branch is not None and branch.variant == variant for branch in branches])
-    if "transformer_options" in kwargs:
-        return executor(x, t, *args, **kwargs | {"transformer_options": options})
-    return executor(x, t, *args[:_OPTIONS_PLACE], options, *args[_OPTIONS_PLACE + 1 :], **kwargs)
-
-
-_OPTIONS_PLACE = 3  # of transformer_options among apply_model's arguments after x and t
-_LABELS = "lodestar_labels"  # the lanes of the batch, where cond_or_uncond says what they would be without us
-
-
-def _with_host_labels(run: Run, function: Callable, apply_model: Callable, arguments: dict[str, Any]) -> Tensor:
-    """The host's slot around apply_model: from here inwards nobody sees the labels of extra branches."""
-    lanes = arguments["cond_or_uncond"]
-    labels = run.host_labels(lanes)
-    options = arguments["c"]["transformer_options"] | {_LABELS: lanes, "cond_or_uncond": labels}
-    return function(apply_model, arguments | {"cond_or_uncond": labels, "c": arguments["c"] | {"transformer_options": options}})
-
-
-def _call_model(apply_model: Callable, arguments: dict[str, Any]) -> Tensor:
-    """What the host does where nobody has claimed that slot."""
-    return apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
-
-
 # --- combination -----------------------------------------------------------------------------------------------------
 
 
@@ -291,13 +239,13 @@ def _shape_cfg(run: Run, args: dict[str, Any]) -> Tensor:
     """The host's CFG slot: D_c + (w - 1) shape(D_c - D_u), returned as the residual x - D that the slot asks for."""
     cond, uncond, w = args["cond_denoised"], args["uncond_denoised"], args["cond_scale"]
     denoised = cond
-    if args.get("input_uncond") is not None and w != 1:
+    if args.get("input_uncond") is not None and w != 1 and run.choice.uncond:
         update = cond - uncond
-        shapers = [(index, shaper) for index, shaper in run.shapers if run.covers(index)]
+        shapers = [(index, shaper) for index, shaper in run.shapers if run.covers(index) and run.choice.weight != 0]
         for index, shaper in shapers:
             update = shaper.shape(update, cond, run.step(index))
             run.record_update(index, cond, cond + (w - 1) * update)
-        denoised = cond + (w - 1) * update if shapers else uncond + update * w
+        denoised = replace_rows(cond + (w - 1) * update if shapers else uncond + update * w, run.choice.uncond, cond)
     run.shaped = denoised
     return args["input"] - denoised
 
@@ -316,11 +264,11 @@ def _post_cfg_term(index: int, args: dict[str, Any]) -> Tensor:
 
 def _add_term(run: Run, index: int, denoised: Tensor) -> Tensor:
     term = run.plan.rules[index]
-    if term.neutral or not run.covers(index):
+    if term.neutral or not run.covers(index) or not run.choice.terms:
         return denoised
     if run.cond is None:
         raise RuntimeError(f"{term.name} found no conditional prediction: another node replaces the host's evaluation of the conds.")
-    guided = term.add(denoised, run.cond, run.others, run.step(index))
+    guided = replace_rows(term.add(denoised, run.cond, run.others, run.step(index)), run.choice.terms, denoised)
     run.record_update(index, denoised, guided)
     return guided
 
@@ -330,5 +278,5 @@ _WRAPPERS = {
     WrappersMP.SAMPLER_SAMPLE: _sampler_sample,
     WrappersMP.PREDICT_NOISE: _predict_noise,
     WrappersMP.CALC_COND_BATCH: _calc_cond_batch,
-    WrappersMP.APPLY_MODEL: _apply_model,
+    WrappersMP.APPLY_MODEL: apply_model,
 }

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .plan import Policy
+from .plan import Choice, Policy
+from .run import Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,3 +19,7 @@ class GuidanceInterval(Policy):
     def neutral(self) -> bool:
         """The whole schedule is plain CFG."""
         return self.start_percent <= 0 and self.end_percent >= 1
+
+    def choose(self, step: Step) -> Choice:
+        """w = 1 outside. The host then drops D_u, unless a sampler or another pack has asked it not to."""
+        return Choice() if step.covered else Choice(weight=1.0)

@@ -4,7 +4,7 @@ With D_c, D_u the conditional and unconditional denoised predictions and w the s
 
     D = D_c + shape((w - 1) (D_c - D_u)) + sum_k s_k (D_c - D_k)
 
-where *shapers* make up ``shape``, *terms* the sum, and *policies* decide at each step whether D_u is evaluated at all.
+where *shapers* make up ``shape``, *terms* the sum, and *policies* decide at each step and for each row of the batch what is evaluated.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .branches import Branch
-    from .run import Step
+    from .run import RunLog, Step
 
 PLAN = "lodestar_plan"
 
@@ -58,8 +58,71 @@ class Term(Rule):
         """Return the guided ``denoised`` given D_c = ``cond`` and the D_k in ``others``, all [B, ...]."""
 
 
+Rows = bool | tuple[bool, ...]  # all rows of the batch, none, or one bool per row
+
+
+def common(a: Rows, b: Rows) -> Rows:
+    """The rows that are in both."""
+    if isinstance(a, bool):
+        return b if a else False
+    if isinstance(b, bool):
+        return a if b else False
+    rows = tuple(p and q for p, q in zip(a, b, strict=True))
+    return rows if any(rows) else False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one evaluation computes.
+
+    weight: the CFG weight in place of the sampler's; 1 is D_c alone, 0 is D_u alone, and neither costs the other's evaluation.
+    uncond: the rows that are guided; the others are D_c and cost no evaluation of D_u.
+    predicted: whether D_u is not evaluated for any row, but made by ``Policy.predict``.
+    terms: the rows to which terms are added; the branches of the others are not evaluated.
+    """
+
+    weight: float | None = None
+    uncond: Rows = True
+    predicted: bool = False
+    terms: Rows = True
+
+    def __and__(self, other: Choice) -> Choice:
+        """What is left where both are to hold: every rule may take evaluations away."""
+        weights = [weight for weight in (self.weight, other.weight) if weight is not None]
+        weight = 1.0 if 1 in weights else next(iter(weights), None)
+        predicted = self.predicted or other.predicted
+        return Choice(weight, common(self.uncond, other.uncond), predicted, common(self.terms, other.terms))
+
+    @property
+    def evaluated(self) -> Rows:
+        """The rows whose D_u the model computes."""
+        return False if self.predicted else self.uncond
+
+
 class Policy(Rule):
-    """Decides which of the sampler's own predictions a step needs. Outside its window the CFG weight is 1."""
+    """Decides what is evaluated. Several policies add to each other's savings; those with the same ``claims`` exclude each other."""
+
+    claims: ClassVar[str] = ""  # what no second policy may decide, as it reads after "both decide"
+
+    def check(self, guider: Any, sampler: Any, sigmas: Tensor) -> None:
+        """Raise ValueError, before sampling starts, where the policy cannot work with this guider, sampler or schedule [T + 1]."""
+
+    @abstractmethod
+    def choose(self, step: Step) -> Choice:
+        """What the evaluation that now begins computes; ``step.first`` tells the first one of a solver step from its further stages."""
+
+    def observe(self, cond: Tensor | None, uncond: Tensor | None, x: Tensor, sigma: Tensor, step: Step) -> Choice | None:
+        """See D_c and D_u [B, ...] (None where not evaluated) at x [B, ...], sigma [B].
+
+        May return a choice that narrows the one of this evaluation: its rows lose D_u and terms, although these have been paid for.
+        """
+
+    def predict(self, cond: Tensor, x: Tensor, sigma: Tensor, step: Step) -> Tensor:
+        """D_u [B, ...] given D_c; asked for where ``choose`` said ``predicted``."""
+        raise NotImplementedError
+
+    def finish(self, memory: dict[str, Any], log: RunLog) -> None:
+        """Write into the log of a run that ends what users should see."""
 
 
 @dataclass(frozen=True, eq=False)

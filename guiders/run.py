@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import and_
 from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,25 +17,43 @@ import torch
 from torch import Tensor
 
 from .branches import Branch
-from .plan import GuidancePlan, Policy, Shaper, Term
+from .plan import Choice, GuidancePlan, Policy, Rows, Shaper, Term
 from .spaces import Layout, cosine_per_sample, norm_per_sample, window
 
+KEY = "lodestar"  # of our wrappers and additional models
 RUN = "lodestar_run"
 _LOGS: WeakKeyDictionary[GuidancePlan, RunLog] = WeakKeyDictionary()
 
 
 @dataclass
 class RunLog:
-    """What a finished run did. ``curves`` maps a label to one number per recorded step (mean over the batch)."""
+    """What a finished run did.
+
+    nfe: evaluations of the whole batch. A call with some rows only counts in proportion, so that nfe times batch is the number of rows.
+    evaluations: the same for each step. choices: what each step's first evaluation was to compute.
+    curves: one number per recorded step (mean over the rows) by label. switches: by the name of the policy.
+    """
 
     steps: int = 0
     batch: int = 0
     calls: int = 0
     rows: int = 0
-    nfe: int = 0
+    nfe: float = 0
     seconds: float = 0.0
     sigmas: list[float] = field(default_factory=list)
     curves: dict[str, dict[int, float]] = field(default_factory=dict)
+    evaluations: dict[int, float] = field(default_factory=dict)
+    choices: dict[int, Choice] = field(default_factory=dict)
+    switches: dict[str, Switch] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Switch:
+    """A policy's criterion: its curve's label, the threshold, and for each image the first step without guidance (None: there is none)."""
+
+    curve: str
+    threshold: float
+    steps: tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
@@ -44,12 +63,16 @@ class Step:
     index: position in the schedule of the solver step, the same for all its stages.
     sigma: noise level at the start of that step.
     first: whether this is the first evaluation of the step.
+    covered: whether the step starts inside the rule's window.
+    record: keeps a curve's values, one for each row, for this step.
     """
 
     index: int
     sigma: float
     first: bool
     layout: Layout
+    covered: bool = True
+    record: Callable[[str, Tensor], None] = lambda label, values: None
     memory: dict[str, Any] = field(default_factory=dict)
 
 
@@ -70,8 +93,11 @@ class Run:
         self.index = self.furthest = -1
         self.first = True
         self.wanted: tuple[Branch, ...] = ()
+        self.choices: dict[int, Choice] = {}
+        self.choice = Choice()
         self.lanes: list[Branch] = []
         self.place = 0
+        self.needed: Sequence[Rows] = ()
         self.cond: Tensor | None = None
         self.others: dict[Branch, Tensor] = {}
         self.shaped: Tensor | None = None
@@ -110,8 +136,22 @@ class Run:
             self.memories.clear()
         self.first = index > self.furthest
         self.index, self.furthest = index, max(index, self.furthest)
-        self.wanted = tuple(dict.fromkeys(branch for i, term in self.terms if self.covers(i) for branch in term.branches))
         self.cond, self.others, self.shaped = None, {}, None
+        self.choices = {i: policy.choose(self.step(i)) for i, policy in self.policies}
+        self._combine()
+        acting = [term for i, term in self.terms if self.choice.terms and self.covers(i)]
+        self.wanted = tuple(dict.fromkeys(branch for term in acting for branch in term.branches))
+
+    def revise(self, index: int, choice: Choice | None) -> None:
+        """Narrow the current evaluation by what policy number ``index`` has seen in it."""
+        if choice is not None:
+            self.choices[index] &= choice
+            self._combine()
+
+    def _combine(self) -> None:
+        self.choice = reduce(and_, self.choices.values(), Choice())
+        if self.first:
+            self.log.choices[self.index] = self.choice
 
     @contextmanager
     def in_front(self, lanes: list[Branch], place: int) -> Iterator[None]:
@@ -121,6 +161,19 @@ class Run:
             yield
         finally:
             self.lanes = []
+
+    @contextmanager
+    def only(self, *needed: Rows) -> Iterator[None]:
+        """While the host evaluates lanes of which these rows are needed."""
+        self.needed = needed
+        try:
+            yield
+        finally:
+            self.needed = ()
+
+    def rows_of(self, label: int) -> Rows:
+        """The rows that are needed of a lane."""
+        return self.needed[label] if label < len(self.needed) else True
 
     def branch_of(self, label: int) -> Branch | None:
         """The branch that a number in ``cond_or_uncond`` stands for; None for the sampler's own lanes."""
@@ -134,22 +187,26 @@ class Run:
     def step(self, index: int) -> Step:
         """The current step as rule number ``index`` sees it."""
         memory = self.memories.setdefault(index, {})
-        return Step(self.index, self.sigmas[self.index], self.first, self.layout, memory)
+        return Step(self.index, self.sigmas[self.index], self.first, self.layout, self.covers(index), self.record, memory)
 
-    def count(self, rows: int, chunks: int) -> None:
-        """One model call of ``rows`` rows that holds ``chunks`` branches."""
+    def count(self, rows: int, chunks: float) -> None:
+        """One model call of ``rows`` rows that holds ``chunks`` branches, or parts of them."""
         self.log.calls += 1
         self.log.rows += rows
         self.log.nfe += chunks
+        self.log.evaluations[self.index] = self.log.evaluations.get(self.index, 0) + chunks
 
     def record(self, label: str, values: Tensor) -> None:
         """Keep a curve's value [B] for this step; it stays on the device until the run ends."""
         if self.first:
             self._curves.setdefault(label, {})[self.index] = values.detach().float().mean()
 
-    def record_predictions(self, cond: Tensor, uncond: Tensor | None) -> None:
-        """Curves of the sampler's own predictions."""
-        if uncond is not None and self.first:
+    def record_predictions(self, cond: Tensor | None, uncond: Tensor | None) -> None:
+        """Curves of the sampler's own predictions, where both were evaluated."""
+        if cond is not None and uncond is not None and self.first:
+            if isinstance(self.choice.uncond, tuple):
+                rows = [i for i, guided in enumerate(self.choice.uncond) if guided]
+                cond, uncond = cond[rows], uncond[rows]
             self.record("CFG update", norm_per_sample(cond - uncond, self.layout) / norm_per_sample(cond, self.layout))
             self.record("cosine of cond and uncond", cosine_per_sample(cond, uncond, self.layout))
 
@@ -164,6 +221,8 @@ class Run:
         for label, points in self._curves.items():
             values = torch.stack(list(points.values())).tolist()
             self.log.curves[label] = dict(zip(points, values, strict=True))
+        for index, policy in self.policies:
+            policy.finish(self.memories.get(index, {}), self.log)
         _LOGS[self.plan] = self.log
 
 

@@ -1,0 +1,18 @@
+"""What a rule has to know about the host's samplers."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+
+def reads_uncond(sampler: Any) -> str | None:
+    """The name of a sampler whose steps use the unconditional prediction itself (CFG++); None for all others.
+
+    The host's end in ``_cfg_pp``. A sampler function of this pack says so by an attribute ``reads_uncond``.
+    """
+    function = getattr(sampler, "sampler_function", sampler)
+    while isinstance(function, partial):
+        function = function.func
+    name = getattr(function, "__name__", type(function).__name__)
+    return name.removeprefix("sample_") if getattr(function, "reads_uncond", False) or name.endswith("_cfg_pp") else None
