@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Lodestar's commands: demo, test, serve, python. Standard library only; `python run.py -h` lists them.
+"""Lodestar's commands: demo, test, serve, bench, python. Standard library only; `python run.py -h` lists them.
 
 ComfyUI is set up on first use: the one that COMFYUI_PATH names, or else a pinned release in a per-user cache.
 """
@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     command, args, rest = parse(argv)
     try:
-        return {"demo": demo, "test": test, "serve": serve, "python": python}[command](args, rest)
+        return {"demo": demo, "test": test, "serve": serve, "bench": bench, "python": python}[command](args, rest)
     except (SetupError, ServerError, OSError) as error:
         print(f"lodestar: {error}", file=sys.stderr)
         return 1
@@ -60,6 +60,10 @@ def parse(argv: list[str]) -> tuple[str, argparse.Namespace, list[str]]:
     serve = commands.add_parser("serve", parents=[host], help="start ComfyUI with this pack, on this machine only")
     serve.add_argument("--port", type=int, default=8188, metavar="N", help="port to listen on (default: 8188)")
 
+    bench = commands.add_parser("bench", help=f"measure: {', '.join(benchmarks())}", add_help=False)
+    bench.add_argument("name", choices=benchmarks(), metavar="NAME")
+    bench.add_argument("arguments", nargs=argparse.REMAINDER)
+
     script = commands.add_parser("python", help="run a script in ComfyUI's Python, with this pack loaded", add_help=False)
     script.add_argument("file", type=existing_file, metavar="FILE")
     script.add_argument("arguments", nargs=argparse.REMAINDER)
@@ -68,6 +72,12 @@ def parse(argv: list[str]) -> tuple[str, argparse.Namespace, list[str]]:
     if rest and args.command != "test":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return args.command, args, rest
+
+
+def benchmarks() -> dict[str, Path]:
+    """Benchmarks by name: files, and folders with a __main__.py."""
+    files = [*(ROOT / "benchmarks").glob("[!_]*.py"), *(ROOT / "benchmarks").glob("*/__main__.py")]
+    return dict(sorted((file.parent.name if file.stem == "__main__" else file.stem, file) for file in files))
 
 
 def existing_file(name: str) -> Path:
@@ -92,6 +102,17 @@ def demo(args: argparse.Namespace, _: list[str]) -> int:
 def test(args: argparse.Namespace, rest: list[str]) -> int:
     os.chdir(ROOT)
     return launch(find_host(args.host, tests=True), "pytest", *rest)
+
+
+def bench(args: argparse.Namespace, _: list[str]) -> int:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--device")
+    options, rest = parser.parse_known_args(args.arguments)
+    if options.device == "cpu":
+        os.environ["LODESTAR_DEVICE"] = "cpu"
+    elif options.device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = options.device
+    return launch(find_host(tests=True), "python", benchmarks()[args.name], *rest)
 
 
 def python(args: argparse.Namespace, _: list[str]) -> int:

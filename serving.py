@@ -173,7 +173,9 @@ def host_options(comfy: Path, base: Path, accelerator: bool) -> list[str]:
 
 
 def may_have_accelerator() -> bool:
-    """False where there is certainly none, which saves asking torch."""
+    """False where there is certainly none, which saves asking torch, and where LODESTAR_DEVICE asks for the CPU."""
+    if os.environ.get("LODESTAR_DEVICE") == "cpu":
+        return False
     return sys.platform != "linux" or any((Path("/dev") / name).exists() for name in DEVICES)
 
 

@@ -18,9 +18,9 @@ import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_apg, nodes_custom_sampler, nodes_pag
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm import tqdm
 
+from lodestar.benchmarks._flops import counted_flops
 from lodestar.demo import models
 from lodestar.demo.shapes import SIZE
 from lodestar.nodes.apg import LodestarAPG
@@ -140,7 +140,7 @@ def measure(model: str, method: Method, steps: int) -> Count | None:
         guider = comfy.samplers.CFGGuider(built)
         guider.set_conds(conditioning(CAPTION), conditioning(""))
         guider.set_cfg(method.cfg)
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=ON_CPU) as flops:
+    with torch.no_grad(), counted_flops() as flops:
         count.latent = sample(guider, model, pair.main, steps)
     count.flops = flops.get_total_flops()
     return count
@@ -157,8 +157,7 @@ def sample(guider: Any, name: str, model: Any, steps: int) -> torch.Tensor:
     """Noise from the seed, then the host's Euler sampler."""
     latent = torch.zeros(BATCH, 3, SIZE, SIZE)
     noise = comfy.sample.prepare_noise(latent, SEED)
-    scheduler = {"unet": "normal", "mmdit": "simple"}[name]
-    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), models.SCHEDULERS[name], steps)
     return guider.sample(noise, latent, comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True, seed=SEED)
 
 
@@ -166,13 +165,6 @@ def conditioning(text: str) -> list:
     """A CONDITIONING for the demo models."""
     clip = models.load_clip()
     return clip.encode_from_tokens_scheduled(clip.tokenize(text))
-
-
-def _attention(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-ON_CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}  # torch knows the cost of the GPU kernels alone
 
 
 def table(model: str, counts: dict[str, Count], steps: int) -> str:

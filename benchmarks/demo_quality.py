@@ -22,7 +22,6 @@ from lodestar.demo import classifier, models, sheet
 from lodestar.demo.shapes import ATTRIBUTES, SIZE, Scenes, captions, draw, random_scenes
 
 CFG, STEPS, BATCH = 4.0, 20, 64
-SCHEDULERS = {"unet": "normal", "mmdit": "simple"}  # what the host's users take for eps and for flow models
 SEED = 77
 FRESH = 4096  # pictures for the classifier's own accuracy
 TARGETS = {"classifier": 0.98, "unet main": 0.90, "mmdit main": 0.85}
@@ -81,7 +80,7 @@ def measure(net: classifier.AttributeClassifier, model: str, strength: str, scen
     pictures = []
     with tqdm(total=len(scenes), desc=f"{model} {strength}", unit="picture") as bar:
         for number, part in enumerate(batches(scenes)):
-            pictures.append(sample(patcher, clip, vae, captions(part), SCHEDULERS[model], SEED + number))
+            pictures.append(sample(patcher, clip, vae, captions(part), models.SCHEDULERS[model], SEED + number))
             bar.update(len(part))
     together = torch.cat(pictures)
     return Sampled(together, classifier.correct(classify(net, together), scenes))
@@ -98,16 +97,9 @@ def sample(patcher: Any, clip: Any, vae: Any, texts: Sequence[str], scheduler: s
     """What KSampler and VAEDecode do, with a caption of its own for each picture: [B, 3, H, W] in [0, 1]."""
     latent = torch.zeros(len(texts), 3, SIZE, SIZE)
     noise = comfy.sample.prepare_noise(latent, seed)
-    conds = (encode(clip, texts), encode(clip, [""]))
+    conds = (models.encode(clip, texts), models.encode(clip, [""]))
     out = comfy.sample.sample(patcher, noise, STEPS, CFG, "euler", scheduler, *conds, latent, disable_pbar=True, seed=seed)
     return vae.decode(out).movedim(-1, 1).float().cpu()
-
-
-def encode(clip: Any, texts: Sequence[str]) -> list:
-    """The captions as one CONDITIONING with a row for each."""
-    encoded = [clip.encode_from_tokens(clip.tokenize(text), return_pooled=True) for text in texts]
-    context, pooled = (torch.cat(part) for part in zip(*encoded, strict=True))
-    return [[context, {"pooled_output": pooled}]]
 
 
 def sizes() -> dict[str, float]:

@@ -6,6 +6,7 @@ Nothing here is a special case for the host: the networks are its UNetModel and 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,6 +29,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 MODELS = ("unet", "mmdit")
 STRENGTHS = ("main", "weak")
 PATCH = 4
+SCHEDULERS = {"unet": "normal", "mmdit": "simple"}  # what the host's users take for eps and for flow models
 
 
 class ShapesLatent(comfy.latent_formats.LatentFormat):
@@ -154,3 +156,10 @@ def load_clip() -> comfy.sd.CLIP:
 def load_vae() -> comfy.sd.VAE:
     """The host's pixel-space VAE: pictures are their own latents."""
     return comfy.sd.VAE(sd={"pixel_space_vae": torch.tensor(1.0)})
+
+
+def encode(clip: Any, texts: Sequence[str]) -> list:
+    """The captions as one CONDITIONING with a row for each."""
+    encoded = [clip.encode_from_tokens(clip.tokenize(text), return_pooled=True) for text in texts]
+    context, pooled = (torch.cat(part) for part in zip(*encoded, strict=True))
+    return [[context, {"pooled_output": pooled}]]

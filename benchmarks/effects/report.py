@@ -1,0 +1,125 @@
+"""The results as a terminal table, as effects.json, and as the README's table."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import torch
+
+from .claims import Claim, Results, verdict
+from .metrics import METRICS, RESAMPLES
+
+BEGIN, END = "<!-- effects: written by `python run.py bench effects --readme` -->", "<!-- end of effects -->"
+HEAD = ("claim", "here", "against", "measure", "effect [95 %]", "")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that a run found, as plain data."""
+
+    content: dict[str, Any]
+
+    @classmethod
+    def of(cls, results: Results, methods: Mapping[str, Any]) -> Report:
+        """Evaluate every method's claims and measure all its cells."""
+        content = {
+            "samples": results.cache.samples,
+            "bootstrap resamples": RESAMPLES,
+            "device": _device(),
+            "methods": {name: _method(method, results) for name, method in methods.items()},
+        }
+        return cls(content)
+
+    @classmethod
+    def load(cls, path: Path) -> Report:
+        """From effects.json."""
+        return cls(json.loads(path.read_text(encoding="utf-8")))
+
+    def save(self, path: Path) -> None:
+        """As effects.json; methods that this run left out keep what the file says of them, if it was made with as many samples."""
+        content = self.content
+        if path.exists():
+            before = Report.load(path).content
+            if before["samples"] == content["samples"]:
+                content = content | {"methods": dict(sorted((before["methods"] | content["methods"]).items()))}
+        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def table(self) -> str:
+        """For the terminal: cells, then claims, method by method."""
+        return "\n".join(_text(method) for method in self.content["methods"].values())
+
+    def markdown(self) -> str:
+        """For the README: one line per claim."""
+        lines = [f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
+        for method in self.content["methods"].values():
+            lines.append(f"| **{method['title']}** |" + " |" * (len(HEAD) - 1))
+            lines += [f"| {' | '.join((*_row(claim), _mark(claim)))} |" for claim in method["claims"]]
+        notes = [
+            f"- {claim['claim']} ({claim['model']}), {claim['verdict']}: {claim['why']}"
+            for method in self.content["methods"].values()
+            for claim in method["claims"]
+            if claim["verdict"] != "holds" and claim["why"]
+        ]
+        samples = self.content["samples"]
+        about = f"{samples} pictures per setting, {self.content['device']}; a positive effect is an improvement."
+        return "\n".join([about, "", *lines, *(["", "Where a claim does not hold here:", "", *dict.fromkeys(notes)] if notes else [])])
+
+
+def write_readme(readme: Path, results: Path) -> None:
+    """Put the table between its two marks."""
+    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
+    readme.write_text(f"{before}{BEGIN}\n{Report.load(results).markdown()}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
+def _method(method: Any, results: Results) -> dict[str, Any]:
+    cells = []
+    for cell in method.cells:
+        made = results.made(cell)
+        values = {metric.name: asdict(results.measure(cell, metric)) for metric in METRICS}
+        cells.append({"model": cell["model"], "label": cell.label, "nfe": made.nfe, "flops": made.flops, "seconds": made.seconds} | values)
+    return {"title": method.title, "claims": [_claim(claim, results) for claim in method.claims(results)], "cells": cells}
+
+
+def _claim(claim: Claim, results: Results) -> dict[str, Any]:
+    effect = results.effect(claim)
+    return {
+        "claim": claim.text, "model": claim.cell["model"], "cell": claim.cell.label, "baseline": claim.baseline.label,
+        "metric": claim.metric.name, "margin": claim.margin, **asdict(effect), "verdict": verdict(claim, effect), "why": claim.why,
+    }  # fmt: skip
+
+
+def _row(claim: Mapping[str, Any]) -> tuple[str, ...]:
+    effect = f"{claim['value']:+.3f} [{claim['low']:+.3f}, {claim['high']:+.3f}]"
+    measure = claim["metric"] + (f", no worse than {claim['margin']:g}" if claim["margin"] else "")
+    return claim["claim"], f"{claim['model']}, {claim['cell']}", claim["baseline"], measure, effect
+
+
+def _mark(claim: Mapping[str, Any]) -> str:
+    return claim["verdict"] if claim["verdict"] == "holds" else f"**{claim['verdict']}**"
+
+
+def _text(method: Mapping[str, Any]) -> str:
+    lines = [f"\n{method['title']}", f"  {'':<28}{'NFE':>6}{'GFLOPs':>8}" + "".join(f"{metric.name:>24}" for metric in METRICS)]
+    for cell in method["cells"]:
+        values = "".join(f"{_short(cell[metric.name]):>24}" for metric in METRICS)
+        lines.append(f"  {cell['model'] + ', ' + cell['label']:<28}{cell['nfe']:>6.1f}{cell['flops'] / 1e9:>8.2f}{values}")
+    lines += [f"  {claim['verdict']:<10}{'; '.join(_row(claim))}" for claim in method["claims"]]
+    return "\n".join(lines)
+
+
+def _short(effect: Mapping[str, float]) -> str:
+    digits = 3 if effect["value"] < 10 else 1
+    return f"{effect['value']:.{digits}f} [{effect['low']:.{digits}f}, {effect['high']:.{digits}f}]"
+
+
+def _device() -> str:
+    device = comfy.model_management.get_torch_device()
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU" if device.type == "cpu" else device.type
