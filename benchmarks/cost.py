@@ -1,4 +1,4 @@
-"""What guidance costs: ``python run.py python benchmarks/cost.py [--steps N]``.
+"""What guidance costs: ``python run.py bench cost [--steps N]``.
 
 For each method: model calls, rows and evaluations (NFE) of a step, and counted floating-point operations relative to one
 conditional forward pass. Counted, not timed, so that every machine prints the same. Ours and the host's own nodes are counted

@@ -1,4 +1,4 @@
-"""How good the demo models are: ``python run.py python benchmarks/demo_quality.py [--samples N] [--sheet FILE]``.
+"""How good the demo models are: ``python run.py bench demo_quality [--samples N] [--sheet FILE]``.
 
 Samples one-object captions with each model through the host's own sampler and asks the embedded classifier which attributes of
 the caption the pictures have. Exit code 1 if a target is missed.

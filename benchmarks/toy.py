@@ -1,6 +1,6 @@
 """Guidance on two-dimensional distributions whose denoisers are known in closed form: the pictures of the help pages.
 
-    python run.py python benchmarks/toy.py
+    python run.py bench toy
 
 Every guided step goes through the pack's own functions. tests/test_toy.py asserts what the pictures show.
 """

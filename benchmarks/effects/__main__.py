@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     known = methods()
     parser = argparse.ArgumentParser(prog="run.py bench effects", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", action="append", choices=known, metavar="M", help=f"one of {', '.join(known)}; may be repeated")
-    parser.add_argument("--samples", type=whole_captions, default=512, metavar="N", help="pictures per setting (default: 512)")
+    parser.add_argument("--samples", type=whole_captions, default=256, metavar="N", help="pictures per setting (default: 256)")
     parser.add_argument(
         "--workers", type=int, default=default_workers(), metavar="N", help="processes (default: one per core, one on a GPU)"
     )
