@@ -71,6 +71,26 @@ def test_demo_hands_over_its_options(monkeypatch, tmp_path):
     assert handed[4:] == ["--cfg", "4.5", "--seed", "0", "--prompt", "a", "--prompt", "b c"]
 
 
+@pytest.mark.parametrize(
+    ("device", "variables"), [("cpu", {"LODESTAR_DEVICE": "cpu"}), ("1", {"CUDA_VISIBLE_DEVICES": "1"}), (None, {})]
+)
+def test_bench_chooses_the_device_and_hands_over_the_rest(device, variables, monkeypatch):
+    handed = []
+    monkeypatch.setattr(run, "launch", lambda host, mode, script, *options: handed.extend((mode, script, *options)))
+    monkeypatch.setattr(run, "find_host", lambda tests: None)
+    monkeypatch.setattr(os, "environ", {})
+    run.bench(run.parse(["bench", "effects", "--method", "apg", *(["--device", device] if device else []), "--samples", "64"])[1], [])
+    assert handed == ["python", ROOT / "benchmarks" / "effects" / "__main__.py", "--method", "apg", "--samples", "64"]
+    assert os.environ == variables
+
+
+def test_the_cpu_can_be_asked_for(monkeypatch):
+    monkeypatch.setattr(serving, "DEVICES", ["."])
+    assert serving.may_have_accelerator()
+    monkeypatch.setenv("LODESTAR_DEVICE", "cpu")
+    assert not serving.may_have_accelerator()
+
+
 def test_versions_are_declared_once_and_newest_first():
     versions = [hosting.as_numbers(release.comfyui) for release in hosting.RELEASES]
     assert versions == sorted(versions, reverse=True)

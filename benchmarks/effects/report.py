@@ -21,20 +21,15 @@ HEAD = ("claim", "here", "against", "measure", "effect [95 %]", "")
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that a run found, as plain data."""
+    """Everything that a run found, as plain data, by method."""
 
-    content: dict[str, Any]
+    methods: dict[str, Any]
 
     @classmethod
     def of(cls, results: Results, methods: Mapping[str, Any]) -> Report:
         """Evaluate every method's claims and measure all its cells."""
-        content = {
-            "samples": results.cache.samples,
-            "bootstrap resamples": RESAMPLES,
-            "device": _device(),
-            "methods": {name: _method(method, results) for name, method in methods.items()},
-        }
-        return cls(content)
+        about = {"samples": results.cache.samples, "bootstrap resamples": RESAMPLES, "device": _device()}
+        return cls({name: about | _method(method, results) for name, method in methods.items()})
 
     @classmethod
     def load(cls, path: Path) -> Report:
@@ -42,32 +37,27 @@ class Report:
         return cls(json.loads(path.read_text(encoding="utf-8")))
 
     def save(self, path: Path) -> None:
-        """As effects.json; methods that this run left out keep what the file says of them, if it was made with as many samples."""
-        content = self.content
-        if path.exists():
-            before = Report.load(path).content
-            if before["samples"] == content["samples"]:
-                content = content | {"methods": dict(sorted((before["methods"] | content["methods"]).items()))}
-        path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        """As effects.json; methods that this run left out keep what the file says of them."""
+        before = Report.load(path).methods if path.exists() else {}
+        path.write_text(json.dumps(dict(sorted((before | self.methods).items())), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def table(self) -> str:
         """For the terminal: cells, then claims, method by method."""
-        return "\n".join(_text(method) for method in self.content["methods"].values())
+        return "\n".join(_text(method) for method in self.methods.values())
 
     def markdown(self) -> str:
         """For the README: one line per claim."""
         lines = [f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
-        for method in self.content["methods"].values():
-            lines.append(f"| **{method['title']}** |" + " |" * (len(HEAD) - 1))
+        for method in self.methods.values():
+            lines.append(f"| **{method['title']}**, {method['samples']} pictures per setting |" + " |" * (len(HEAD) - 1))
             lines += [f"| {' | '.join((*_row(claim), _mark(claim)))} |" for claim in method["claims"]]
         notes = [
             f"- {claim['claim']} ({claim['model']}), {claim['verdict']}: {claim['why']}"
-            for method in self.content["methods"].values()
+            for method in self.methods.values()
             for claim in method["claims"]
             if claim["verdict"] != "holds" and claim["why"]
         ]
-        samples = self.content["samples"]
-        about = f"{samples} pictures per setting, {self.content['device']}; a positive effect is an improvement."
+        about = "A positive effect is an improvement. *Holds*, *fails*: the whole interval is on one side; *undecided*: more pictures are needed."
         return "\n".join([about, "", *lines, *(["", "Where a claim does not hold here:", "", *dict.fromkeys(notes)] if notes else [])])
 
 
