@@ -150,6 +150,8 @@ def host_environment(host: Host) -> dict[str, str]:
     variables = {"COMFYUI_PATH": str(host.comfy), "LODESTAR_CACHE": str(cache_root()), "PYTHONDONTWRITEBYTECODE": "1"}
     if host.extra:
         variables["PYTHONPATH"] = os.pathsep.join(filter(None, (str(host.extra), os.environ.get("PYTHONPATH"))))
+    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):  # glibc: keep freed memory, or every large tensor is paged in anew
+        variables[name] = os.environ.get(name, str(2**30))
     return variables
 
 

@@ -57,7 +57,7 @@ class Report:
             for claim in method["claims"]
             if claim["verdict"] != "holds" and claim["why"]
         ]
-        about = "A positive effect is an improvement. *Holds*, *fails*: the whole interval is on one side; *undecided*: more pictures are needed."
+        about = "A positive effect is an improvement. *Holds*, *fails*: the whole interval is on one side; *undecided*: it is on both."
         return "\n".join([about, "", *lines, *(["", "Where a claim does not hold here:", "", *dict.fromkeys(notes)] if notes else [])])
 
 
