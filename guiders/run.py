@@ -18,10 +18,11 @@ from torch import Tensor
 
 from .branches import Branch
 from .plan import Choice, GuidancePlan, Policy, Rows, Shaper, Term
-from .spaces import Layout, cosine_per_sample, norm_per_sample, window
+from .spaces import Layout, cosine_per_sample, is_flow, norm_per_sample, window
 
 KEY = "lodestar"  # of our wrappers and additional models
 RUN = "lodestar_run"
+COSINE = "cosine of cond and uncond"  # a curve's label
 _LOGS: WeakKeyDictionary[GuidancePlan, RunLog] = WeakKeyDictionary()
 
 
@@ -64,6 +65,7 @@ class Step:
     sigma: noise level at the start of that step.
     first: whether this is the first evaluation of the step.
     covered: whether the step starts inside the rule's window.
+    flow: whether the model's path is x = (1 - t) x0 + t noise.
     record: keeps a curve's values, one for each row, for this step.
     """
 
@@ -72,6 +74,7 @@ class Step:
     first: bool
     layout: Layout
     covered: bool = True
+    flow: bool = False
     record: Callable[[str, Tensor], None] = lambda label, values: None
     memory: dict[str, Any] = field(default_factory=dict)
 
@@ -86,6 +89,7 @@ class Run:
         self.latent_shapes = latent_shapes
         self.layout = Layout.of(latent_shapes)
         self.model_sampling = guider.model_patcher.get_model_object("model_sampling")
+        self.flow = is_flow(self.model_sampling)
         self.memories: dict[int, dict[str, Any]] = {}
         names = [rule.name for rule in plan.rules]
         self.names = [name if names.count(name) == 1 else f"{name} {names[: i + 1].count(name)}" for i, name in enumerate(names)]
@@ -187,7 +191,7 @@ class Run:
     def step(self, index: int) -> Step:
         """The current step as rule number ``index`` sees it."""
         memory = self.memories.setdefault(index, {})
-        return Step(self.index, self.sigmas[self.index], self.first, self.layout, self.covers(index), self.record, memory)
+        return Step(self.index, self.sigmas[self.index], self.first, self.layout, self.covers(index), self.flow, self.record, memory)
 
     def count(self, rows: int, chunks: float) -> None:
         """One model call of ``rows`` rows that holds ``chunks`` branches, or parts of them."""
@@ -208,7 +212,7 @@ class Run:
                 rows = [i for i, guided in enumerate(self.choice.uncond) if guided]
                 cond, uncond = cond[rows], uncond[rows]
             self.record("CFG update", norm_per_sample(cond - uncond, self.layout) / norm_per_sample(cond, self.layout))
-            self.record("cosine of cond and uncond", cosine_per_sample(cond, uncond, self.layout))
+            self.record(COSINE, cosine_per_sample(cond, uncond, self.layout))
 
     def record_update(self, index: int, before: Tensor, after: Tensor) -> None:
         """Curve of what rule number ``index`` changed, relative to the denoised image."""
