@@ -11,19 +11,23 @@ from torch import Tensor
 from .plan import Choice, Policy, Rows
 from .run import COSINE, RunLog, Step, Switch
 from .samplers import reads_uncond
-from .spaces import cosine_per_sample, to_noise, to_velocity
+from .spaces import Layout, cosine_per_sample, to_noise, to_velocity
 
 Space = Literal["denoised", "noise", "velocity"]
 SPACES: tuple[Space, ...] = ("denoised", "noise", "velocity")
 SWITCHES = ("next_step", "same_step")
 
 
-def gamma(cond: Tensor, uncond: Tensor, x: Tensor, sigma: Tensor, space: Space, step: Step) -> Tensor:
-    """gamma = <p_c, p_u> / (||p_c|| ||p_u||) per sample [B] in float64, with p the predictions [B, ...] in a space."""
-    if space != "denoised":
-        convert = {"noise": to_noise, "velocity": to_velocity}[space]
-        cond, uncond = (convert(prediction, x, sigma, step.flow) for prediction in (cond, uncond))
-    return cosine_per_sample(cond, uncond, step.layout)
+def gamma(cond: Tensor, uncond: Tensor, layout: Layout) -> Tensor:
+    """gamma = <p_c, p_u> / (||p_c|| ||p_u||) per sample: [B, ...], [B, ...] -> [B] float64."""
+    return cosine_per_sample(cond, uncond, layout)
+
+
+def in_space(space: Space, denoised: Tensor, x: Tensor, sigma: Tensor, flow: bool) -> Tensor:
+    """A denoised prediction [B, ...] at x [B, ...], sigma [B] as the prediction that a space compares."""
+    if space == "denoised":
+        return denoised
+    return (to_noise if space == "noise" else to_velocity)(denoised, x, sigma, flow)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +72,7 @@ class AdaptiveGuidance(Policy):
         if cond is None or uncond is None or not step.first:
             return None
         memory = step.memory
-        values = gamma(cond, uncond, x, sigma, self.space, step)
+        values = gamma(*(in_space(self.space, denoised, x, sigma, step.flow) for denoised in (cond, uncond)), step.layout)
         left = memory.get("open", True)
         step.record(self.curve, values if left is True else values[[i for i, is_open in enumerate(left) if is_open]])
         since = memory.get("since", torch.full(values.shape, -1, device=values.device))

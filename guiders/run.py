@@ -31,7 +31,7 @@ class RunLog:
     """What a finished run did.
 
     nfe: evaluations of the whole batch. A call with some rows only counts in proportion, so that nfe times batch is the number of rows.
-    evaluations: the same for each step. choices: what each step's first evaluation was to compute.
+    evaluations: the same for each step. saved: what policies left out of it. choices: what each step's first evaluation was to compute.
     curves: one number per recorded step (mean over the rows) by label. switches: by the name of the policy.
     """
 
@@ -40,6 +40,7 @@ class RunLog:
     calls: int = 0
     rows: int = 0
     nfe: float = 0
+    saved: float = 0
     seconds: float = 0.0
     sigmas: list[float] = field(default_factory=list)
     curves: dict[str, dict[int, float]] = field(default_factory=dict)
@@ -105,6 +106,7 @@ class Run:
         self.cond: Tensor | None = None
         self.others: dict[Branch, Tensor] = {}
         self.shaped: Tensor | None = None
+        self.stopped = False  # whether a policy has set the sampler's cfg to 1, where the host drops D_u by itself
         self.weak: dict[Any, Any] = {}
         self.log = RunLog(steps=len(self.sigmas) - 1, batch=shape[0], sigmas=self.sigmas)
         self._curves: dict[str, dict[int, Tensor]] = {}
@@ -140,11 +142,12 @@ class Run:
             self.memories.clear()
         self.first = index > self.furthest
         self.index, self.furthest = index, max(index, self.furthest)
-        self.cond, self.others, self.shaped = None, {}, None
+        self.cond, self.others, self.shaped, self.stopped = None, {}, None, False
         self.choices = {i: policy.choose(self.step(i)) for i, policy in self.policies}
         self._combine()
-        acting = [term for i, term in self.terms if self.choice.terms and self.covers(i)]
-        self.wanted = tuple(dict.fromkeys(branch for term in acting for branch in term.branches))
+        wanted = tuple(dict.fromkeys(branch for i, term in self.terms if self.covers(i) for branch in term.branches))
+        self.wanted = wanted if self.choice.terms else ()
+        self.spare(len(wanted), self.choice.terms)
 
     def revise(self, index: int, choice: Choice | None) -> None:
         """Narrow the current evaluation by what policy number ``index`` has seen in it."""
@@ -199,6 +202,10 @@ class Run:
         self.log.rows += rows
         self.log.nfe += chunks
         self.log.evaluations[self.index] = self.log.evaluations.get(self.index, 0) + chunks
+
+    def spare(self, branches: int, rows: Rows) -> None:
+        """Branches of which only these rows are evaluated."""
+        self.log.saved += branches * (1 - (float(rows) if isinstance(rows, bool) else sum(rows) / len(rows)))
 
     def record(self, label: str, values: Tensor) -> None:
         """Keep a curve's value [B] for this step; it stays on the device until the run ends."""
