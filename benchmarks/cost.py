@@ -23,6 +23,7 @@ from tqdm import tqdm
 from lodestar.benchmarks._flops import counted_flops
 from lodestar.demo import models
 from lodestar.demo.shapes import SIZE
+from lodestar.nodes.adaptive import LodestarAdaptiveGuidance
 from lodestar.nodes.apg import LodestarAPG
 from lodestar.nodes.autoguidance import LodestarAutoguidance
 from lodestar.nodes.interval import LodestarGuidanceInterval

@@ -21,7 +21,6 @@ from lodestar.demo.shapes import SIZE, captions, random_scenes
 from lodestar.guiders.adaptive import SPACES, Space, gamma, in_space
 from lodestar.guiders.spaces import Layout, is_flow
 
-SCHEDULERS = {"unet": "normal", "mmdit": "simple"}
 THRESHOLDS = (0.9, 0.95, 0.97, 0.98, 0.99, 0.991, 0.994, 0.996, 0.999)
 SEED = 21
 
@@ -60,17 +59,10 @@ def curves(model: str, space: Space, cfg: float, steps: int, prompts: int, sampl
     texts = captions(random_scenes(prompts, torch.Generator().manual_seed(SEED)))
     latent = torch.zeros(prompts, 3, SIZE, SIZE)
     noise = comfy.sample.prepare_noise(latent, SEED)
-    conds = (encode(clip, texts), encode(clip, [""]))
-    scheduler = SCHEDULERS[model]
+    conds = (models.encode(clip, texts), models.encode(clip, [""]))
+    scheduler = models.SCHEDULERS[model]
     comfy.sample.sample(patcher, noise, steps, cfg, sampler, scheduler, *conds, latent, disable_pbar=True, seed=SEED)
     return torch.stack(found)
-
-
-def encode(clip: Any, texts: Sequence[str]) -> list:
-    """The captions as one CONDITIONING with a row for each."""
-    encoded = [clip.encode_from_tokens(clip.tokenize(text), return_pooled=True) for text in texts]
-    context, pooled = (torch.cat(part) for part in zip(*encoded, strict=True))
-    return [[context, {"pooled_output": pooled}]]
 
 
 def cfg_steps(measured: Tensor, threshold: float) -> Tensor:
@@ -102,7 +94,11 @@ def savings(measured: Tensor) -> str:
     for threshold in sorted({*THRESHOLDS, recommended}):
         guided = cfg_steps(measured, threshold)
         spread = f"CFG in {int(guided.min())} to {int(guided.max())} steps"
-        note = "  <- the median caption has CFG in half of the steps" if threshold == recommended else ""
+        note = ""
+        if threshold == recommended:
+            note = "  <- the median caption has CFG in half of the steps"
+            if abs(float(guided.median()) - steps / 2) > 1:
+                note = "  <- no threshold halves the run: gamma does not rise"
         lines.append(f"threshold {threshold:.4f}: {steps + guided.double().mean():.1f} of {2 * steps} NFE, {spread}{note}")
     return "\n".join(lines)
 

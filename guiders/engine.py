@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .branches import lane, with_control_views
 from .plan import PLAN, Choice, GuidancePlan, Policy, Rule, Shaper, Term, plan_of
-from .rows import apply_model, call_model, replace_rows, with_host_labels
+from .rows import apply_model, call_model, outermost, replace_rows, with_host_labels
 from .run import KEY, RUN, Run, run_of
 from .weak import Weak
 
@@ -85,8 +85,8 @@ def _outer_sample(executor: Any, noise: Tensor, latent_image: Tensor, sampler: A
         options["context_handler"] = _WindowedBranches(options["context_handler"], run)
     options["model_function_wrapper"] = partial(with_host_labels, run, options.get("model_function_wrapper", call_model))
     wrappers = options["transformer_options"]["wrappers"]
-    ours = wrappers[WrappersMP.CALC_COND_BATCH].pop(KEY)  # to the outside, where the lanes are still those of the guider
-    wrappers[WrappersMP.CALC_COND_BATCH] = {KEY: ours, **wrappers[WrappersMP.CALC_COND_BATCH]}
+    for kind in (WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL):
+        wrappers[kind] = outermost(wrappers[kind], wrappers[kind][KEY])
     try:
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     finally:
