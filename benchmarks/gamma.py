@@ -1,4 +1,4 @@
-"""Where Adaptive Guidance switches: ``python run.py python benchmarks/gamma.py [--space noise] [--cfg 7.5]``.
+"""Where Adaptive Guidance switches: ``python run.py bench gamma [--space noise] [--cfg 7.5]``.
 
 Samples captions with plain CFG, measures gamma (the cosine of the conditional and the unconditional prediction) in every step, and
 prints its spread over the captions, the evaluations that thresholds leave, and the threshold with which half of the captions have

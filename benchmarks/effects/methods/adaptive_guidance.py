@@ -10,7 +10,7 @@ from ..metrics import ACCURACY, FRECHET, similarity_to
 from . import Curve, Method, cfg
 
 SCALE, STEPS = 4.0, 20
-THRESHOLD = 0.998  # between 28 and 30 of 40 evaluations: see benchmarks/gamma.py
+THRESHOLD = 0.998  # between 28 and 30 of 40 evaluations: see bench gamma
 NFE = 30  # of the two it is compared with
 
 
