@@ -1,16 +1,18 @@
-"""What guidance costs: ``python run.py bench cost [--steps N]``.
+"""What guidance costs: ``python run.py bench cost [--steps N] [--time]``.
 
 For each method: model calls, rows and evaluations (NFE) of a step, and counted floating-point operations relative to one
 conditional forward pass. Counted, not timed, so that every machine prints the same. Ours and the host's own nodes are counted
-by the same wrapper in the same run.
+by the same wrapper in the same run. ``--time`` adds each run's processor time on one core, as a multiple of half the time of CFG in
+the same run of this command: what NFE would be if time followed it.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import comfy.sample
@@ -23,6 +25,7 @@ from tqdm import tqdm
 from lodestar.benchmarks._flops import counted_flops
 from lodestar.demo import models
 from lodestar.demo.shapes import SIZE
+from lodestar.nodes.adaptive import LodestarAdaptiveGuidance
 from lodestar.nodes.apg import LodestarAPG
 from lodestar.nodes.autoguidance import LodestarAutoguidance
 from lodestar.nodes.interval import LodestarGuidanceInterval
@@ -30,6 +33,7 @@ from lodestar.nodes.pag import LodestarPAG
 
 CAPTION = "a large purple pentagon on a cream background"
 CFG, BATCH, SEED = 4.0, 2, 7
+RUNS = 3  # the fastest is the time
 
 
 class Models(NamedTuple):
@@ -53,16 +57,16 @@ class Count:
 
     calls: int = 0
     rows: int = 0
-    nfe: int = 0
+    nfe: float = 0
     flops: int = 0
+    seconds: float = 0.0
     latent: torch.Tensor | None = None
 
     def apply_model(self, executor: Any, x: torch.Tensor, t: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """A wrapper around the model that counts its calls."""
-        options = kwargs.get("transformer_options") or next(arg for arg in args if isinstance(arg, dict))
         self.calls += 1
         self.rows += len(x)
-        self.nfe += len(options["cond_or_uncond"])
+        self.nfe += len(x) / BATCH
         return executor(x, t, *args, **kwargs)
 
 
@@ -88,6 +92,11 @@ def interval(model: Any) -> Any:
     return LodestarGuidanceInterval.execute(model, start_percent=0.2, end_percent=0.8).result[0]
 
 
+def adaptive(model: Any, threshold: float) -> Any:
+    """Our Adaptive Guidance."""
+    return LodestarAdaptiveGuidance.execute(model, threshold=threshold, space="denoised", switch="next_step").result[0]
+
+
 def host_dual_model(pair: Models) -> Any:
     """The host's autoguidance: its guider for two models, with the same prompt for both."""
     node = getattr(nodes_custom_sampler, "DualModelGuider", None)
@@ -104,6 +113,8 @@ METHODS = (
     Method("autoguidance (cfg 1)", lambda pair: autoguidance(pair.main, pair.weak), cfg=1.0),
     Method("CFG + PAG + autoguidance", lambda pair: autoguidance(pag(pair.main), pair.weak)),
     Method("CFG in the interval 0.2 to 0.8", lambda pair: interval(pair.main)),
+    Method("AG, threshold 0.99", lambda pair: adaptive(pair.main, 0.99)),
+    Method("AG, threshold 0.998", lambda pair: adaptive(pair.main, 0.998)),
     Method("host: APG", lambda pair: nodes_apg.APG.execute(pair.main, 1.0, 5.0, 0.0).result[0]),
     Method("host: PAG (cfg 1)", lambda pair: nodes_pag.PerturbedAttentionGuidance.execute(pair.main, 3.0).result[0], cfg=1.0),
     Method("host: CFG + PAG", lambda pair: nodes_pag.PerturbedAttentionGuidance.execute(pair.main, 3.0).result[0]),
@@ -116,20 +127,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10, metavar="N", help="sampling steps (default: 10)")
     parser.add_argument("--models", nargs="+", choices=models.MODELS, default=models.MODELS, help="which models (default: both)")
+    parser.add_argument("--time", action="store_true", help="also wall-clock time (runs everything once more)")
     args = parser.parse_args(argv)
+    if args.time:
+        torch.set_num_threads(1)
     print(f"Per step, mean of {args.steps} Euler steps, batch of {BATCH}. FLOPs: 1.00 is one conditional forward pass of the batch.")
     for model in args.models:
         counts = {}
         for method in tqdm(METHODS, desc=model, unit="method", leave=False):
-            count = measure(model, method, args.steps)
+            count = measure(model, method, args.steps, args.time)
             if count is not None:
                 counts[method.name] = count
         print(f"\n{table(model, counts, args.steps)}")
     return 0
 
 
-def measure(model: str, method: Method, steps: int) -> Count | None:
-    """Sample once and count; None where the host lacks the node."""
+def measure(model: str, method: Method, steps: int, timed: bool = False) -> Count | None:
+    """Sample once and count, then again without counting for the time; None where the host lacks the node."""
     count = Count()
     pair = Models(*(counted(models.load_model(model, strength), count) for strength in models.STRENGTHS))
     built = method.build(pair)
@@ -143,7 +157,19 @@ def measure(model: str, method: Method, steps: int) -> Count | None:
     with torch.no_grad(), counted_flops() as flops:
         count.latent = sample(guider, model, pair.main, steps)
     count.flops = flops.get_total_flops()
+    if timed:
+        counters = replace(count)
+        count.seconds = min(seconds(guider, model, pair.main, steps) for _ in range(RUNS))
+        count.calls, count.rows, count.nfe = counters.calls, counters.rows, counters.nfe
     return count
+
+
+@torch.no_grad()
+def seconds(guider: Any, name: str, model: Any, steps: int) -> float:
+    """Processor time of one run, which other programs on the machine change less than the time on the clock."""
+    began = time.process_time()
+    sample(guider, name, model, steps)
+    return time.process_time() - began
 
 
 def counted(model: Any, count: Count) -> Any:
@@ -171,11 +197,15 @@ def table(model: str, counts: dict[str, Count], steps: int) -> str:
     """One line for each method, in Markdown."""
     names = list(counts)
     unit = counts[names[0]].flops / steps
-    rows = [(model, "calls", "rows", "NFE", "FLOPs"), ("-" * 30, "----:", "----:", "----:", "----:")]
+    timed = counts["CFG"].seconds > 0
+    rows = [(model, "calls", "rows", "NFE", "FLOPs", *(["time"] if timed else [])), ("-" * 30, *["----:"] * (5 if timed else 4))]
     for name, count in counts.items():
         label = name + remark(name, counts)
-        rows.append((label, *(f"{value / steps:.2f}" for value in (count.calls, count.rows, count.nfe, count.flops / unit))))
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+        values = [value / steps for value in (count.calls, count.rows, count.nfe, count.flops / unit)]
+        if timed:  # in evaluations of the CFG run, so that it can be read beside NFE
+            values.append(2 * count.seconds / counts["CFG"].seconds)
+        rows.append((label, *(f"{value:.2f}" for value in values)))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
     return "\n".join(lines)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .branches import lane, with_control_views
 from .plan import PLAN, Choice, GuidancePlan, Policy, Rule, Shaper, Term, plan_of
-from .rows import apply_model, call_model, replace_rows, with_host_labels
+from .rows import apply_model, call_model, outermost, replace_rows, with_host_labels
 from .run import KEY, RUN, Run, run_of
 from .weak import Weak
 
@@ -85,8 +85,8 @@ def _outer_sample(executor: Any, noise: Tensor, latent_image: Tensor, sampler: A
         options["context_handler"] = _WindowedBranches(options["context_handler"], run)
     options["model_function_wrapper"] = partial(with_host_labels, run, options.get("model_function_wrapper", call_model))
     wrappers = options["transformer_options"]["wrappers"]
-    ours = wrappers[WrappersMP.CALC_COND_BATCH].pop(KEY)  # to the outside, where the lanes are still those of the guider
-    wrappers[WrappersMP.CALC_COND_BATCH] = {KEY: ours, **wrappers[WrappersMP.CALC_COND_BATCH]}
+    for kind in (WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL):
+        wrappers[kind] = outermost(wrappers[kind], wrappers[kind][KEY])
     try:
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     finally:
@@ -142,6 +142,7 @@ def _predict_noise(executor: Any, x: Tensor, timestep: Tensor, *args: Any, **kwa
     run.begin_evaluation(timestep)
     saved = {name: getattr(guider, name) for name in _CFGS if hasattr(guider, name)}
     if run.choice.weight is not None and guider.conds.get("negative") is not None:
+        run.stopped = run.choice.weight == 1 and any(value != 1 for value in saved.values())
         for name in saved:
             setattr(guider, name, run.choice.weight)
     try:
@@ -187,6 +188,9 @@ def _evaluate(run: Run, calc: Callable, conds: list, x: Tensor, timestep: Tensor
     rest = [i for i, lane_ in enumerate(lanes) if lane_ is not None and i != place]
     alone = bool(rest) and run.choice == Choice(weight=0) and not run.wanted  # D_u alone
     left_out = [place] if alone else [] if run.choice.evaluated else rest
+    if run.stopped and not rest:
+        run.spare(len(run.guider.conds) - 1, False)
+    run.spare(1 if alone else len(rest), not alone and run.choice.evaluated)
     lanes = [None if i in left_out else lane_ for i, lane_ in enumerate(lanes)]
     own = [branch for branch in run.wanted if branch.model is None]
     needed = [run.choice.terms] * len(own) + [i == place or run.choice.evaluated for i in range(len(lanes))]

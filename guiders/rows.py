@@ -1,7 +1,7 @@
 """Model calls: what is counted, which rows of the batch go through the model, and what other packs see of extra branches.
 
 The host prepares its fused batch for all rows: conditioning, areas, masks, ControlNets. Rows whose result nobody needs are left out
-here, in the last place before the model. Other packs' patches count on chunks of equal size (``len(x) // len(cond_or_uncond)``), so
+here, around the model. Other packs' patches count on chunks of equal size (``len(x) // len(cond_or_uncond)``), so
 chunks with different rows go through the model one after the other, and the rows in total are the rows that are needed.
 """
 
@@ -16,10 +16,15 @@ import torch
 from torch import Tensor
 
 from .plan import Rows
-from .run import RUN, Run
+from .run import KEY, RUN, Run
 
 _OPTIONS_PLACE = 3  # of transformer_options among apply_model's arguments after x and t
 _LABELS = "lodestar_labels"  # the lanes of the batch, where cond_or_uncond says what they would be without us
+
+
+def outermost(wrappers: dict[str, list], ours: list) -> dict[str, list]:
+    """Wrappers of one kind with ours around the others: lanes are still the guider's there, and the others see no row that is left out."""
+    return {KEY: ours} | {key: others for key, others in wrappers.items() if key != KEY}
 
 
 def apply_model(executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from .branches import Branch
 from .plan import Choice, GuidancePlan, Policy, Rows, Shaper, Term
-from .spaces import Layout, cosine_per_sample, norm_per_sample, window
+from .spaces import Layout, cosine_per_sample, is_flow, norm_per_sample, window
 
 KEY = "lodestar"  # of our wrappers and additional models
 RUN = "lodestar_run"
+COSINE = "cosine of cond and uncond"  # a curve's label
 _LOGS: WeakKeyDictionary[GuidancePlan, RunLog] = WeakKeyDictionary()
 
 
@@ -30,7 +31,7 @@ class RunLog:
     """What a finished run did.
 
     nfe: evaluations of the whole batch. A call with some rows only counts in proportion, so that nfe times batch is the number of rows.
-    evaluations: the same for each step. choices: what each step's first evaluation was to compute.
+    evaluations: the same for each step. saved: what policies left out of it. choices: what each step's first evaluation was to compute.
     curves: one number per recorded step (mean over the rows) by label. switches: by the name of the policy.
     """
 
@@ -39,6 +40,7 @@ class RunLog:
     calls: int = 0
     rows: int = 0
     nfe: float = 0
+    saved: float = 0
     seconds: float = 0.0
     sigmas: list[float] = field(default_factory=list)
     curves: dict[str, dict[int, float]] = field(default_factory=dict)
@@ -64,6 +66,7 @@ class Step:
     sigma: noise level at the start of that step.
     first: whether this is the first evaluation of the step.
     covered: whether the step starts inside the rule's window.
+    flow: whether the model's path is x = (1 - t) x0 + t noise.
     record: keeps a curve's values, one for each row, for this step.
     """
 
@@ -72,6 +75,7 @@ class Step:
     first: bool
     layout: Layout
     covered: bool = True
+    flow: bool = False
     record: Callable[[str, Tensor], None] = lambda label, values: None
     memory: dict[str, Any] = field(default_factory=dict)
 
@@ -86,6 +90,7 @@ class Run:
         self.latent_shapes = latent_shapes
         self.layout = Layout.of(latent_shapes)
         self.model_sampling = guider.model_patcher.get_model_object("model_sampling")
+        self.flow = is_flow(self.model_sampling)
         self.memories: dict[int, dict[str, Any]] = {}
         names = [rule.name for rule in plan.rules]
         self.names = [name if names.count(name) == 1 else f"{name} {names[: i + 1].count(name)}" for i, name in enumerate(names)]
@@ -101,6 +106,7 @@ class Run:
         self.cond: Tensor | None = None
         self.others: dict[Branch, Tensor] = {}
         self.shaped: Tensor | None = None
+        self.stopped = False  # whether a policy has set the sampler's cfg to 1, where the host drops D_u by itself
         self.weak: dict[Any, Any] = {}
         self.log = RunLog(steps=len(self.sigmas) - 1, batch=shape[0], sigmas=self.sigmas)
         self._curves: dict[str, dict[int, Tensor]] = {}
@@ -136,11 +142,12 @@ class Run:
             self.memories.clear()
         self.first = index > self.furthest
         self.index, self.furthest = index, max(index, self.furthest)
-        self.cond, self.others, self.shaped = None, {}, None
+        self.cond, self.others, self.shaped, self.stopped = None, {}, None, False
         self.choices = {i: policy.choose(self.step(i)) for i, policy in self.policies}
         self._combine()
-        acting = [term for i, term in self.terms if self.choice.terms and self.covers(i)]
-        self.wanted = tuple(dict.fromkeys(branch for term in acting for branch in term.branches))
+        wanted = tuple(dict.fromkeys(branch for i, term in self.terms if self.covers(i) for branch in term.branches))
+        self.wanted = wanted if self.choice.terms else ()
+        self.spare(len(wanted), self.choice.terms)
 
     def revise(self, index: int, choice: Choice | None) -> None:
         """Narrow the current evaluation by what policy number ``index`` has seen in it."""
@@ -187,7 +194,7 @@ class Run:
     def step(self, index: int) -> Step:
         """The current step as rule number ``index`` sees it."""
         memory = self.memories.setdefault(index, {})
-        return Step(self.index, self.sigmas[self.index], self.first, self.layout, self.covers(index), self.record, memory)
+        return Step(self.index, self.sigmas[self.index], self.first, self.layout, self.covers(index), self.flow, self.record, memory)
 
     def count(self, rows: int, chunks: float) -> None:
         """One model call of ``rows`` rows that holds ``chunks`` branches, or parts of them."""
@@ -195,6 +202,10 @@ class Run:
         self.log.rows += rows
         self.log.nfe += chunks
         self.log.evaluations[self.index] = self.log.evaluations.get(self.index, 0) + chunks
+
+    def spare(self, branches: int, rows: Rows) -> None:
+        """Branches of which only these rows are evaluated."""
+        self.log.saved += branches * (1 - (float(rows) if isinstance(rows, bool) else sum(rows) / len(rows)))
 
     def record(self, label: str, values: Tensor) -> None:
         """Keep a curve's value [B] for this step; it stays on the device until the run ends."""
@@ -208,7 +219,7 @@ class Run:
                 rows = [i for i, guided in enumerate(self.choice.uncond) if guided]
                 cond, uncond = cond[rows], uncond[rows]
             self.record("CFG update", norm_per_sample(cond - uncond, self.layout) / norm_per_sample(cond, self.layout))
-            self.record("cosine of cond and uncond", cosine_per_sample(cond, uncond, self.layout))
+            self.record(COSINE, cosine_per_sample(cond, uncond, self.layout))
 
     def record_update(self, index: int, before: Tensor, after: Tensor) -> None:
         """Curve of what rule number ``index`` changed, relative to the denoised image."""

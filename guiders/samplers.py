@@ -9,10 +9,11 @@ from typing import Any
 def reads_uncond(sampler: Any) -> str | None:
     """The name of a sampler whose steps use the unconditional prediction itself (CFG++); None for all others.
 
-    The host's end in ``_cfg_pp``. A sampler function of this pack says so by an attribute ``reads_uncond``.
+    The host's, and other packs', have ``cfg_pp`` in their names. A sampler function of this pack says so by an attribute ``reads_uncond``.
     """
     function = getattr(sampler, "sampler_function", sampler)
     while isinstance(function, partial):
         function = function.func
     name = getattr(function, "__name__", type(function).__name__)
-    return name.removeprefix("sample_") if getattr(function, "reads_uncond", False) or name.endswith("_cfg_pp") else None
+    reads = getattr(function, "reads_uncond", False) or "cfg_pp" in name or "cfgpp" in name.lower()
+    return name.removeprefix("sample_") if reads else None

@@ -35,6 +35,25 @@ def reparametrise(x: Tensor, sigma: Tensor, from_flow: bool, to_flow: bool) -> t
     return x / _like(1 - level, x), level / (1 - level)
 
 
+def to_noise(denoised: Tensor, x: Tensor, sigma: Tensor, flow: bool) -> Tensor:
+    """The noise eps in x = a x0 + s eps that belongs to a denoised prediction [B, ...] at x [B, ...], sigma [B]: (x - a D) / s.
+
+    a = 1, s = sigma for eps, v and EDM models as the host runs them; a = 1 - t, s = t for flow models.
+    """
+    s = _like(sigma, x)
+    return (x - (1 - s) * denoised) / s if flow else (x - denoised) / s
+
+
+def to_velocity(denoised: Tensor, x: Tensor, sigma: Tensor, flow: bool) -> Tensor:
+    """The velocity that belongs to a denoised prediction: dx/dt = eps - D of a flow model, else v = (eps - sigma D) / sqrt(1 + sigma^2).
+
+    The latter is v-prediction (Salimans and Ho 2022): cos(phi) eps - sin(phi) x0 with tan(phi) = sigma.
+    """
+    noise = to_noise(denoised, x, sigma, flow)
+    s = _like(sigma, x)
+    return noise - denoised if flow else (noise - s * denoised) / (1 + s * s).sqrt()
+
+
 def _like(values: Tensor, x: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (x.ndim - 1))
 
@@ -78,6 +97,7 @@ def norm_per_sample(x: Tensor, layout: Layout) -> Tensor:
 
 
 def cosine_per_sample(a: Tensor, b: Tensor, layout: Layout) -> Tensor:
-    """Cosine similarity [B] over all non-batch dimensions (and parts)."""
+    """Cosine similarity [B] in [-1, 1] over all non-batch dimensions (and parts); exactly 1 of equal samples, 0 of a zero."""
     product = sum(dot_per_sample(p, q) for p, q in zip(layout.split(a), layout.split(b), strict=True)).squeeze(1)
-    return product / (norm_per_sample(a, layout) * norm_per_sample(b, layout)).clamp_min(1e-30)
+    squares = [sum(dot_per_sample(part, part) for part in layout.split(x)).squeeze(1) for x in (a, b)]
+    return (product / (squares[0] * squares[1]).sqrt().clamp_min(1e-30)).clamp(-1, 1)

@@ -11,8 +11,8 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from .plan import PLAN, GuidancePlan, Rows
-from .rows import apply_model
-from .run import KEY, RUN, Run
+from .rows import apply_model, outermost
+from .run import RUN, Run
 from .spaces import is_flow, reparametrise
 
 
@@ -47,7 +47,8 @@ class Weak:
         comfy.samplers.filter_registered_hooks_on_conds(conds, self.options)
         comfy.samplers.cast_to_load_options(self.options, device=patcher.load_device, dtype=patcher.model_dtype())
         transformer_options[PLAN], transformer_options[RUN] = GuidancePlan(), run
-        transformer_options.setdefault("wrappers", {}).setdefault(WrappersMP.APPLY_MODEL, {})[KEY] = [apply_model]
+        wrappers = transformer_options.setdefault("wrappers", {})
+        wrappers[WrappersMP.APPLY_MODEL] = outermost(wrappers.get(WrappersMP.APPLY_MODEL, {}), [apply_model])
         self.shared = patcher.model is guider.model_patcher.model
         if not self.shared:
             patcher.pre_run()

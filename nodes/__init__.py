@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .adaptive import LodestarAdaptiveGuidance
 from .apg import LodestarAPG
 from .autoguidance import LodestarAutoguidance
 from .demo_model import LodestarDemoModel
@@ -17,4 +18,12 @@ class Lodestar(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All node classes."""
-        return [LodestarAPG, LodestarPAG, LodestarAutoguidance, LodestarGuidanceInterval, LodestarReport, LodestarDemoModel]
+        return [
+            LodestarAPG,
+            LodestarPAG,
+            LodestarAutoguidance,
+            LodestarGuidanceInterval,
+            LodestarAdaptiveGuidance,
+            LodestarReport,
+            LodestarDemoModel,
+        ]

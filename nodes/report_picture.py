@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..guiders.run import RunLog
+from ..guiders.run import RunLog, Switch
 
 _WIDTH, _PANEL_HEIGHTS = 960, (300, 150)
 _LEFT, _RIGHT, _TOP, _GAP, _FOOT = 76, 28, 62, 62, 66  # margins, and the room above and below the panels
@@ -19,15 +20,19 @@ _COLOURS = ("#3366aa", "#cc3d52", "#228833", "#8e4aa8", "#b37400", "#1b8fa8", "#
 _INK, _SOFT, _GRID, _PAPER = "#1f2933", "#5f6b7a", "#e3e8ee", "#ffffff"
 _ENOUGH = 30  # curves whose largest values differ by more share a logarithmic axis
 
+_DIRECTION = "direction"
+
 Curve = Mapping[int, float]  # step -> value
 
 
 def table(log: RunLog) -> str:
     """The counters, and first, mean and last value of every curve, as aligned text."""
+    whole = log.nfe + log.saved
     rows = [
         ("steps", log.steps, ""),
         ("batch", log.batch, ""),
-        ("NFE", log.nfe, f"{log.nfe / max(log.steps, 1):.2f} per step"),
+        ("NFE", _number(log.nfe), f"{log.nfe / max(log.steps, 1):.2f} per step"),
+        *([("saved", _number(log.saved), f"of {_number(whole)} NFE ({log.saved / whole:.0%}), left out by policies")] if log.saved else []),
         ("rows", log.rows, ""),
         ("calls", log.calls, ""),
         ("seconds", f"{log.seconds:.2f}", f"{log.seconds / max(log.batch, 1):.2f} per image"),
@@ -40,7 +45,15 @@ def table(log: RunLog) -> str:
         values = list(curve.values())
         numbers = "".join(f"{value:>10.4f}" for value in (values[0], mean(values), values[-1]))
         lines.append(f"{label:<{width}}  {f'{min(curve)}-{max(curve)}':>7}{numbers}")
+    for name, switch in log.switches.items():
+        first = ", ".join("-" if step is None else str(step) for step in switch.steps)
+        lines += ["", f"{name}, threshold {switch.threshold:g}: first step without CFG, for each image: {first or '-'}"]
     return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    """A count that need not be whole."""
+    return f"{round(value, 2):g}"
 
 
 def draw(log: RunLog) -> torch.Tensor:
@@ -49,11 +62,11 @@ def draw(log: RunLog) -> torch.Tensor:
     updates = {label: curve for label, curve in log.curves.items() if label not in cosines}
     panels = [("size of each update, relative to the denoised image", updates, _PANEL_HEIGHTS[0])]
     if cosines:
-        panels.append(("direction", cosines, _PANEL_HEIGHTS[1]))
+        panels.append((_DIRECTION, cosines, _PANEL_HEIGHTS[1]))
     height = _TOP + sum(_GAP + of_panel for *_, of_panel in panels) + _FOOT
     picture = Image.new("RGB", (_WIDTH, height), _PAPER)
     pen = ImageDraw.Draw(picture)
-    title = f"{log.nfe} evaluations (NFE) in {log.steps} steps"
+    title = f"{_number(log.nfe)} evaluations (NFE) in {log.steps} steps" + (f", {_number(log.saved)} saved" if log.saved else "")
     costs = f"batch {log.batch}:  {log.rows} rows in {log.calls} model calls,  {log.seconds:.2f} s"
     pen.text((_LEFT, 18), title, fill=_INK, font=_font(22))
     pen.text((_LEFT, 48), costs, fill=_SOFT, font=_font(15))
@@ -61,7 +74,7 @@ def draw(log: RunLog) -> torch.Tensor:
     y = _TOP
     for name, curves, of_panel in panels:
         y += _GAP
-        _panel(pen, name, curves, colours, log.steps, (y, y + of_panel))
+        _panel(pen, name, curves, colours, log, (y, y + of_panel))
         y += of_panel
     _schedule(pen, log, y)
     return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)[None]
@@ -78,9 +91,10 @@ class _Axis:
     bottom: int
 
     @classmethod
-    def of(cls, curves: Mapping[str, Curve], zoomed: bool, span: tuple[int, int]) -> _Axis:
-        """An axis for these curves; ``zoomed``: around their values, otherwise from 0."""
+    def of(cls, curves: Mapping[str, Curve], zoomed: bool, span: tuple[int, int], more: Sequence[float] = ()) -> _Axis:
+        """An axis for these curves and more values; ``zoomed``: around them, otherwise from 0."""
         values = [value for curve in curves.values() for value in curve.values() if math.isfinite(value)] or [0.0, 1.0]
+        values += more
         peaks = [max(curve.values()) for curve in curves.values()]
         if zoomed:
             low, high = min(values), max(values)
@@ -111,10 +125,11 @@ class _Axis:
 
 
 def _panel(
-    pen: ImageDraw.ImageDraw, name: str, curves: Mapping[str, Curve], colours: Mapping[str, str], steps: int, span: tuple[int, int]
+    pen: ImageDraw.ImageDraw, name: str, curves: Mapping[str, Curve], colours: Mapping[str, str], log: RunLog, span: tuple[int, int]
 ) -> None:
-    """Axis, legend and curves."""
-    axis = _Axis.of(curves, zoomed=name == "direction", span=span)
+    """Axis, legend and curves; thresholds, and where they were met."""
+    switches = [switch for switch in log.switches.values() if switch.curve in curves]
+    axis = _Axis.of(curves, name == _DIRECTION, span, [switch.threshold for switch in switches])
     pen.text((_LEFT, axis.top - 46), name + (" (logarithmic)" if axis.log else ""), fill=_SOFT, font=_font(14))
     for value, text in axis.ticks():
         y = axis.pixel(value)
@@ -130,10 +145,28 @@ def _panel(
         pen.text((x + 20, axis.top - 17), label, fill=_INK, font=small, anchor="lm")
         x += 44 + pen.textlength(label, font=small)
         for part in _unbroken(curve):
-            points = [(_x(step, steps), axis.pixel(value)) for step, value in part]
+            points = [(_x(step, log.steps), axis.pixel(value)) for step, value in part]
             pen.line(points, fill=colours[label], width=3, joint="curve")
             for px, py in points:
                 pen.ellipse([px - 3, py - 3, px + 3, py + 3], fill=colours[label])
+
+
+    for switch in switches:
+        _switch(pen, switch, axis, colours[switch.curve], log.steps)
+
+
+def _switch(pen: ImageDraw.ImageDraw, switch: Switch, axis: _Axis, colour: str, steps: int) -> None:
+    """A line at the threshold, and a mark where images go on without CFG."""
+    y = axis.pixel(switch.threshold)
+    for x in range(_LEFT, _WIDTH - _RIGHT, 12):
+        pen.line([(x, y), (x + 6, y)], fill=colour, width=2)
+    pen.text((_LEFT + 4, y + 3), f"threshold {switch.threshold:g}", fill=colour, font=_font(13))
+    met = Counter(step for step in switch.steps if step is not None)
+    for step, images in sorted(met.items()):
+        x = _x(step - 0.5, steps)
+        pen.line([(x, axis.top), (x, axis.bottom)], fill=_SOFT)
+        label = f"{images} of {len(switch.steps)}" if len(switch.steps) > 1 else "CFG ends"
+        pen.text((x + 4, axis.bottom - 16), label, fill=_SOFT, font=_font(12))
 
 
 def _unbroken(curve: Curve) -> Iterator[list[tuple[int, float]]]:
@@ -159,7 +192,7 @@ def _schedule(pen: ImageDraw.ImageDraw, log: RunLog, y: int) -> None:
             pen.text((_x(step, log.steps), y + 30), f"{log.sigmas[step]:.3g}", fill=_SOFT, font=_font(13), anchor="ma")
 
 
-def _x(step: int, steps: int) -> float:
+def _x(step: float, steps: int) -> float:
     left, right = _LEFT + 14, _WIDTH - _RIGHT - 14
     return left + (right - left) * (step / (steps - 1) if steps > 1 else 0.5)
 

@@ -30,6 +30,7 @@ def test_cost(host, capsys, model):
     assert rows["CFG + PAG"][:3] == rows["APG + PAG"][:3] == [1, 3 * batch, 3]
     assert rows["CFG + PAG + autoguidance"][:3] == [2, 4 * batch, 4]
     assert rows["CFG + PAG"][3] <= 3.0 < rows["CFG + PAG + autoguidance"][3] < 3.5
+    assert rows["AG, threshold 0.99"][:3] == [1, 2 * batch, 2]
     host_pag = next(name for name in rows if name.startswith("host: CFG + PAG"))
     assert calls[host_pag] == 2
     assert ("(no effect)" in host_pag) == (model == "mmdit")

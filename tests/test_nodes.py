@@ -12,6 +12,7 @@ NODES = {  # a contract: workflow files in the wild hold these names in this ord
     "LodestarPAG": {"model": None, "scale": 3.0, "layers": "middle", "joint_attention": "masked", "rescale": 0.0, **WINDOW},
     "LodestarAutoguidance": {"model": None, "weak_model": None, "scale": 2.0, **WINDOW},
     "LodestarGuidanceInterval": {"model": None, **WINDOW},
+    "LodestarAdaptiveGuidance": {"model": None, "threshold": 0.991, "space": "denoised", "switch": "next_step", "stop_terms": False},
     "LodestarReport": {"model": None, "latent": None},
     "LodestarDemoModel": {"model": "unet", "strength": "main"},
 }
@@ -21,6 +22,7 @@ DISPLAY_NAMES = {
     "LodestarPAG": "Perturbed-Attention Guidance (PAG)",
     "LodestarAutoguidance": "Autoguidance",
     "LodestarGuidanceInterval": "Guidance Interval",
+    "LodestarAdaptiveGuidance": "Adaptive Guidance (AG)",
     "LodestarReport": "Guidance Report",
     "LodestarDemoModel": "Demo Model (Shapes)",
 }
@@ -87,12 +89,13 @@ def test_the_choices_of_the_combos(classes):
     options = {entry.id: entry.options for node in classes.values() for entry in node.define_schema().inputs if hasattr(entry, "options")}
     assert options["joint_attention"] == ["masked", "passthrough"]
     assert options["strength"] == ["main", "weak"]
+    assert options["space"] == ["denoised", "noise", "velocity"] and options["switch"] == ["next_step", "same_step"]
 
 
 # --- errors: one sentence, before anything is sampled ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("node", GUIDANCE)
+@pytest.mark.parametrize("node", [node for node in GUIDANCE if "start_percent" in NODES[node]])
 def test_a_reversed_window(classes, node):
     import tools
 
@@ -139,6 +142,7 @@ NEUTRAL = {
     "LodestarPAG": {"scale": 0.0},
     "LodestarAutoguidance": {"scale": 1.0},
     "LodestarGuidanceInterval": {},
+    "LodestarAdaptiveGuidance": {"threshold": 1.001},
 }
 
 

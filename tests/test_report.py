@@ -151,3 +151,40 @@ def test_cosines_have_an_axis_of_their_own(host):
     alone = draw(log(curves={"CFG update": {0: 0.1, 1: 0.2}}))
     both = draw(log(curves={"CFG update": {0: 0.1, 1: 0.2}, "cosine of cond and uncond": {0: 0.99, 1: 0.999}}))
     assert both.shape[1] > alone.shape[1]
+
+
+def test_switches_are_told_and_drawn(report):
+    import tools
+
+    from lodestar.guiders.adaptive import AdaptiveGuidance
+    from lodestar.guiders.run import COSINE, Switch
+    from lodestar.nodes.report_picture import draw, table
+
+    curve = {COSINE: {0: 0.9, 1: 0.95, 2: 0.99}}
+    text = table(log(nfe=17 / 3, saved=7 / 3, switches={"AG": Switch(COSINE, 0.97, (3, None, 2))}, curves=curve))
+    assert numbers(text)["NFE"] == 5.67 and numbers(text)["saved"] == 2.33 and "29%" in text
+    assert text.splitlines()[-1] == "AG, threshold 0.97: first step without CFG, for each image: 3, -, 2"
+    assert "saved" not in table(log())
+    plain = draw(log(curves=curve))
+    pictures = [draw(log(curves=curve, switches={"AG": Switch(COSINE, 0.97, steps)})) for steps in ((None,), (3,), (3, 2, 2))]
+    for i, picture in enumerate(pictures):
+        assert picture.shape == plain.shape
+        assert not any(picture.equal(other) for other in (plain, *pictures[:i]))
+
+    model = tools.tiny("unet")
+    main = tools.guided(model, AdaptiveGuidance(threshold=-1.0), tools.pag(model))
+    latent = tools.sample(main, steps=4)
+    text = report.execute(main, {"samples": latent}).args[2]
+    assert numbers(text)["NFE"] == 9 and numbers(text)["saved"] == 3
+    assert "Adaptive Guidance (AG), threshold -1: first step without CFG, for each image: 1" in text
+
+
+def test_what_an_interval_saves(host):
+    import tools
+
+    from lodestar.guiders.interval import GuidanceInterval
+
+    main = tools.guided(tools.tiny("unet"), GuidanceInterval(end_percent=0.0))
+    for cfg, saved in ((4.0, 3), (1.0, 0)):
+        tools.sample(main, steps=3, cfg=cfg)
+        assert tools.log_of(main).nfe == 3 and tools.log_of(main).saved == saved

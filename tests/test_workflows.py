@@ -19,6 +19,7 @@ NODES = (
     "LodestarPAG",
     "LodestarAutoguidance",
     "LodestarGuidanceInterval",
+    "LodestarAdaptiveGuidance",
     "LodestarReport",
     "LodestarDemoModel",
 )

@@ -1,0 +1,61 @@
+"""Adaptive Guidance: nearly the CFG picture for fewer evaluations (Castillo et al. 2025, arXiv 2312.12487, section 5)."""
+
+from __future__ import annotations
+
+from lodestar.demo.models import MODELS
+
+from ..cells import Cell, guided, node
+from ..claims import Claim, Results
+from ..metrics import ACCURACY, FRECHET, similarity_to
+from . import Curve, Method, cfg
+
+SCALE, STEPS = 4.0, 20
+THRESHOLD = 0.998  # between 28 and 30 of 40 evaluations: see bench gamma
+NFE = 30  # of the two it is compared with
+
+
+def adaptive(model: str) -> Cell:
+    """AG."""
+    return guided(model, f"AG {THRESHOLD:g}", SCALE, node("LodestarAdaptiveGuidance", threshold=THRESHOLD))
+
+
+def fewer_steps(model: str) -> Cell:
+    """CFG in all of fewer steps."""
+    return guided(model, f"CFG, {NFE // 2} steps", SCALE, steps=NFE // 2)
+
+
+def step_ag(model: str) -> Cell:
+    """CFG in the first steps alone, the same for every picture. Both models' schedules have step i at a share of about i / 19.5."""
+    first = NFE - STEPS
+    interval = node("LodestarGuidanceInterval", end_percent=(first - 0.5) / (STEPS - 0.5))
+    return guided(model, f"CFG in the first {first} steps", SCALE, interval)
+
+
+def claims(results: Results) -> list[Claim]:
+    """AG against the two ways that have at least as many evaluations, and against CFG."""
+    rows = []
+    for model in MODELS:
+        plain, ours = cfg(model, SCALE), adaptive(model)
+        ssim = similarity_to(results.pictures(plain), f"{STEPS} steps of CFG")
+        nfe = " against ".join(f"{results.made(cell).nfe:.1f}" for cell in (ours, fewer_steps(model)))
+        rows += [
+            Claim(f"closer to the CFG picture than fewer steps of CFG ({nfe} NFE)", ours, fewer_steps(model), ssim),
+            Claim(f"as close as CFG in the first steps, Step AG ({nfe} NFE)", ours, step_ag(model), ssim, 0.005),
+            Claim("captions are followed as well as by CFG", ours, plain, ACCURACY, 0.02),
+        ]
+    return rows
+
+
+def cells(model: str) -> tuple[Cell, ...]:
+    """What is compared, in the order of the axis."""
+    return cfg(model, SCALE), adaptive(model), step_ag(model), fewer_steps(model)
+
+
+METHOD = Method(
+    title="Adaptive Guidance (AG)",
+    axis="CFG, AG, Step AG, CFG in fewer steps",
+    claims=claims,
+    curves=tuple(Curve(f"threshold {THRESHOLD:g}", model, tuple(enumerate(cells(model)))) for model in MODELS),
+    strips=tuple(cell for model in MODELS for cell in cells(model)),
+    panels=(ACCURACY, FRECHET),
+)
