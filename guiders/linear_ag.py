@@ -11,9 +11,19 @@ Scores are d = (x - D) / sigma: the noise for eps and v models, the velocity for
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from .plan import Choice, Policy
+from .run import Step
+from .samplers import reads_uncond
+from .setting import Setting
+
+if TYPE_CHECKING:
+    from .coefficients import Coefficients
 
 RIDGE = 1e-8  # of the mean squared regressor: the regressors are almost collinear
 
@@ -89,3 +99,54 @@ def predict(beta: Tensor, cond: Sequence[Tensor], uncond: Sequence[Tensor]) -> T
     for weight, prediction in zip(beta.tolist(), (*cond, *uncond), strict=True):
         total.add_(prediction, alpha=weight)
     return total
+
+
+SECOND_HALVES = ("conditional", "cfg")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearAG(Policy):
+    """First half: D_u is evaluated at every second step and predicted at the others. Second half: D_c alone, or left to other policies."""
+
+    name: ClassVar[str] = "LinearAG: apply"
+    claims: ClassVar[str] = "what every step evaluates"
+    coefficients: Coefficients
+    second_half: str = "conditional"
+
+    @property
+    def neutral(self) -> bool:
+        """Nothing is replaced and nothing left out."""
+        return not self.coefficients.betas and self.second_half == "cfg"
+
+    def check(self, guider: Any, sampler: Any, sigmas: Tensor) -> None:
+        """The run must be what the coefficients were fitted for."""
+        if hasattr(guider, "cfg1"):
+            raise ValueError(f"{self.name} takes one negative prompt and one cfg; use KSampler or CFGGuider instead of DualCFGGuider.")
+        if reads_uncond(sampler):
+            raise ValueError(f"{self.name} and the sampler {reads_uncond(sampler)} exclude each other: CFG++ needs uncond at every step.")
+        self.coefficients.setting.refuse_other(self.name, "these coefficients were", Setting.of(guider, sampler, sigmas))
+
+    def choose(self, step: Step) -> Choice:
+        """A step is predicted where all steps before it have left both scores; an interval or a switch may have kept some from it."""
+        steps = self.coefficients.setting.steps
+        if self.second_half == "conditional" and step.index >= steps // 2:
+            return Choice(weight=1.0)
+        return Choice(predicted=step.index in self.coefficients.betas and len(step.memory.get("uncond", ())) == step.index)
+
+    def observe(self, cond: Tensor | None, uncond: Tensor | None, x: Tensor, sigma: Tensor, step: Step) -> None:
+        """Keep c_k, u_k for later steps."""
+        if cond is not None and uncond is not None:
+            self.remember(score(x, cond, sigma), score(x, uncond, sigma), step)
+
+    def predict(self, cond: Tensor, x: Tensor, sigma: Tensor, step: Step) -> Tensor:
+        """D_u from u_hat_k, which later steps use as u_k."""
+        c = score(x, cond, sigma)
+        u = predict(self.coefficients.betas[step.index], [*step.memory["cond"], c], step.memory["uncond"])
+        self.remember(c, u, step)
+        return denoised(x, u, sigma)
+
+    def remember(self, c: Tensor, u: Tensor, step: Step) -> None:
+        """As long as a later step needs it."""
+        if step.index < max(self.coefficients.betas, default=0) and len(step.memory.setdefault("uncond", [])) == step.index:
+            step.memory.setdefault("cond", []).append(c)
+            step.memory["uncond"].append(u)

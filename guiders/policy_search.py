@@ -111,5 +111,5 @@ class SearchSampler(comfy.samplers.Sampler):
             far = distance(run(weights), target)
             loss = far + self.cost_weight * expected
             loss.backward()
-        self.loss, self.distance, self.expected = float(loss), float(far), float(expected)
+        self.loss, self.distance, self.expected = (float(value.detach()) for value in (loss, far, expected))
         return sampling.inverse_noise_scaling(sigmas[-1], target)
