@@ -56,7 +56,7 @@ class Gram:
     def add(self, cond: Sequence[Tensor], uncond: Sequence[Tensor]) -> None:
         """Add the trajectories of one batch: T scores each, [B, ...]. Raises ValueError when steps are missing."""
         if len(cond) != self.steps or len(uncond) != self.steps:
-            raise ValueError(f"a trajectory of {self.steps} steps has {self.steps} predictions of each kind, not {len(cond)}, {len(uncond)}")
+            raise ValueError(f"a trajectory has {self.steps} predictions of each kind, not {len(cond)} and {len(uncond)}")
         rows = [prediction.detach().flatten().cpu() for prediction in (*cond, *uncond)]
         for parts in zip(*(row.split(self._CHUNK) for row in rows), strict=True):
             part = torch.stack(parts).double()

@@ -66,18 +66,19 @@ class Recorder(Policy):
 
 
 def fit(runs: Runs, trajectories: int) -> Coefficients:
-    """Sample ``trajectories`` images with CFG, as many at a time as the latent has rows, and solve. Raises ValueError as Runs.check does."""
+    """Sample ``trajectories`` images with CFG, as many at a time as the latent has rows, and solve.
+
+    Raises ValueError as ``Runs.check`` does, and for samplers of several evaluations per step.
+    """
     runs.check(LEAST_STEPS)
     steps = len(runs.sigmas) - 1
     gram = Gram(steps)
     batch = len(runs.latent["samples"])
     progress = comfy.utils.ProgressBar(steps * -(-trajectories // batch))
     for number in range(-(-trajectories // batch)):
-        latent = runs.latent_image(trajectories - gram.trajectories)
         trajectory = Trajectory(progress)
         guider = runs.guider(number, attach(runs.model, Recorder(trajectory=trajectory)))
-        mask = runs.latent.get("noise_mask")
-        guider.sample(runs.noise(latent, number), latent, runs.sampler, runs.sigmas, denoise_mask=mask, disable_pbar=True, seed=runs.seed + number)
+        runs.sample(guider, number, runs.sampler, trajectories - gram.trajectories)
         gram.add(trajectory.cond, trajectory.uncond)
     if not torch.isfinite(gram.matrix).all():
         raise ValueError(f"{NAME}: the model's predictions are not finite with these settings.")

@@ -12,29 +12,31 @@ not known from the paper.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import comfy.model_management
 import comfy.samplers
+import comfy.utils
 import torch
 from torch import Tensor
 
-from .differentiable import checkpointed, differentiable, once_more, ordinary_weights
+from .differentiable import checkpointed, cloned, differentiable, gradients, once_more, ordinary_weights
+from .engine import detach
+from .plan import Rule
 from .run import solver_step
+from .searched_policy import COND, UNCOND, GuidancePolicy, evaluations
+from .setting import Setting
+from .trajectories import Runs
 
-LEARNING_RATE = 0.1
-UNCOND, COND = 0.0, 1.0
+NAME = "Guidance policy search"
+LEARNING_RATE = 0.2
 
 
 def options(cfg: float) -> tuple[float, ...]:
     """The weights w_j to choose from: D_u alone, D_c alone, CFG at s/2, s and 2s."""
     return tuple(dict.fromkeys((UNCOND, COND, cfg / 2, cfg, 2 * cfg)))
-
-
-def evaluations(weight: float) -> int:
-    """n_j: what an option costs."""
-    return 1 if weight in (UNCOND, COND) else 2
 
 
 def relax(logits: Tensor, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
@@ -48,6 +50,11 @@ def relax(logits: Tensor, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
 def distance(x: Tensor, target: Tensor) -> Tensor:
     """||x - target||^2 / ||target||^2, mean over the batch, [B, ...]."""
     return ((x - target).square().flatten(1).sum(1) / target.square().flatten(1).sum(1)).mean()
+
+
+def temperature(number: int, iterations: int) -> float:
+    """From 1 to 0.1: a mixture of D_c and CFG at 2s does what CFG at s does and costs less, until chances have to become decisions."""
+    return 0.1 ** (number / max(1, iterations - 1))
 
 
 def discretise(logits: Tensor, weights: Sequence[float]) -> tuple[float, ...]:
@@ -81,22 +88,22 @@ class GuidedBy:
 
 
 class SearchSampler(comfy.samplers.Sampler):
-    """A SAMPLER that samples with CFG and then with relaxed guidance from the same noise, and leaves the gradient of the loss in the logits.
+    """A SAMPLER that samples with CFG, then with relaxed guidance from the same noise, and leaves the loss's gradient in the logits.
 
-    loss and expected (share of CFG's evaluations) are those of the last run.
+    loss, distance and expected (share of CFG's evaluations) are those of the last run.
     """
+
+    temperature = 1.0
 
     def __init__(self, sampler: Any, logits: Tensor, weights: Sequence[float], cost_weight: float) -> None:
         self.function = differentiable(sampler)
         self.logits, self.weights, self.cost_weight = logits, weights, cost_weight
         self.loss = self.distance = self.expected = float("nan")
 
-    def sample(
-        self, model_wrap: Any, sigmas: Tensor, extra_args: dict, callback: Callable | None, noise: Tensor, latent_image: Tensor, *_: Any, **__: Any
-    ) -> Tensor:
-        """The CFG result; called by the host's guider."""
+    def sample(self, model_wrap: Any, sigmas: Tensor, extra_args: dict, callback: Any, noise: Tensor, latent: Tensor, *_: Any) -> Tensor:
+        """The CFG result. Called by the host's guider; a mask on the latent is not used."""
         sampling = model_wrap.inner_model.model_sampling
-        x = sampling.noise_scaling(sigmas[0], noise, latent_image, self.max_denoise(model_wrap, sigmas))
+        x = sampling.noise_scaling(sigmas[0], noise, latent, self.max_denoise(model_wrap, sigmas))
 
         def run(weights: Tensor) -> Tensor:
             guided = GuidedBy(model_wrap, extra_args["model_options"], weights, len(sigmas))
@@ -107,9 +114,40 @@ class SearchSampler(comfy.samplers.Sampler):
             with torch.no_grad():
                 target = run(x.new_full((len(sigmas) - 1,), model_wrap.cfg))
             logits = self.logits.to(x)
-            weights, expected = relax(logits, self.weights)
+            weights, expected = relax(logits / self.temperature, self.weights)
             far = distance(run(weights), target)
             loss = far + self.cost_weight * expected
             loss.backward()
         self.loss, self.distance, self.expected = (float(value.detach()) for value in (loss, far, expected))
         return sampling.inverse_noise_scaling(sigmas[-1], target)
+
+
+def search(runs: Runs, iterations: int, cost_weight: float) -> tuple[GuidancePolicy, str]:
+    """The policy found by Adam on the logits, one batch of fresh noise per iteration, and a table of how that went.
+
+    Raises ValueError as Runs.check and ``differentiable`` do.
+    """
+    runs.check(1, alone=Rule)
+    differentiable(runs.sampler)
+    runs = replace(runs, model=detach(runs.model))
+    steps, weights = len(runs.sigmas) - 1, options(runs.cfg)
+    progress = comfy.utils.ProgressBar(iterations)
+    lines = [f"{'iteration':>9}{'loss':>10}{'distance':>10}{'expected NFE':>14}{'NFE':>5}"]
+    with gradients():
+        inputs = ("positive", "negative", "sigmas", "latent")
+        runs = replace(runs, **{name: cloned(getattr(runs, name)) for name in inputs})
+        logits = torch.zeros(steps, len(weights), requires_grad=True)
+        adam = torch.optim.Adam([logits], lr=LEARNING_RATE)
+        sampler = SearchSampler(runs.sampler, logits, weights, cost_weight)
+        for number in range(iterations):
+            guider = runs.guider(number, runs.model)
+            sampler.temperature = temperature(number, iterations)
+            adam.zero_grad()
+            runs.sample(guider, number, sampler)
+            adam.step()
+            found = discretise(logits, weights)
+            if number % max(1, iterations // 10) == 0 or number == iterations - 1:
+                expected, nfe = sampler.expected * 2 * steps, sum(map(evaluations, found))
+                lines.append(f"{number:>9}{sampler.loss:>10.4f}{sampler.distance:>10.4f}{expected:>14.1f}{nfe:>5}")
+            progress.update(1)
+        return GuidancePolicy(Setting.of(guider, runs.sampler, runs.sigmas), found), "\n".join(lines)

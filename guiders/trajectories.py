@@ -10,7 +10,6 @@ import comfy.sample
 import comfy.samplers
 from torch import Tensor
 
-from .engine import attach
 from .plan import Policy, Rule, plan_of
 from .samplers import reads_uncond
 
@@ -38,23 +37,22 @@ class Runs:
         if self.latent["samples"].is_nested:
             raise ValueError(f"{self.name} takes a latent of one part, not one of picture and sound.")
         if reads_uncond(self.sampler):
-            raise ValueError(f"{self.name} and the sampler {reads_uncond(self.sampler)} exclude each other: CFG++ needs uncond at every step.")
+            raise ValueError(f"{self.name} cannot use the sampler {reads_uncond(self.sampler)}, which needs uncond at every step.")
         plan = plan_of(self.model.model_options)
         for _, rule in plan.active(alone) if plan else ():
             raise ValueError(f"{self.name} needs plain CFG at every step; bypass {rule.name} on its model.")
 
-    def guider(self, number: int, model: Any = None) -> Any:
-        """A guider for run ``number``."""
-        guider = comfy.samplers.CFGGuider(attach(self.model) if model is None else model)
+    def guider(self, number: int, model: Any) -> Any:
+        """A guider of a MODEL for run ``number``."""
+        guider = comfy.samplers.CFGGuider(model)
         guider.set_conds(self.positive[number % len(self.positive)], self.negative)
         guider.set_cfg(self.cfg)
         return guider
 
-    def latent_image(self, most: int | None = None) -> Tensor:
-        """The latent [B, ...] as the model wants it, at most ``most`` rows of it."""
-        ratios = {key: self.latent[key] for key in ("downscale_ratio_spacial", "downscale_ratio_temporal") if self.latent.get(key)}
-        return comfy.sample.fix_empty_latent_channels(self.model, self.latent["samples"], *ratios.values())[:most]
-
-    def noise(self, latent_image: Tensor, number: int) -> Tensor:
-        """The noise of run ``number``, that of the sampler nodes for the seed ``seed + number``."""
-        return comfy.sample.prepare_noise(latent_image, self.seed + number)
+    def sample(self, guider: Any, number: int, sampler: Any, most: int | None = None) -> Tensor:
+        """Run ``number``, as the sampler nodes do for the seed ``seed + number``, with at most ``most`` rows of the latent."""
+        ratios = [self.latent[key] for key in ("downscale_ratio_spacial", "downscale_ratio_temporal") if self.latent.get(key)]
+        latent = comfy.sample.fix_empty_latent_channels(self.model, self.latent["samples"], *ratios)[:most]
+        noise = comfy.sample.prepare_noise(latent, self.seed + number)
+        mask = self.latent.get("noise_mask")
+        return guider.sample(noise, latent, sampler, self.sigmas, denoise_mask=mask, disable_pbar=True, seed=self.seed + number)
