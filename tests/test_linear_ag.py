@@ -177,7 +177,7 @@ def tiny(request, host):
 
 
 def synthetic(kind: str = "unet"):
-    """A model whose scores obey u_k = A c_k + B u_{k-1}, whatever is asked for; c_k is a function of x and sigma. And what was asked for."""
+    """A model whose scores obey u_k = A c_k + B u_{k-1}, whatever is asked for, c_k a function of x and sigma; and what was asked for."""
     import tools
 
     state, asked = {}, []
