@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 # deterministic, one function of the schedule, every operation differentiable (tests/test_policy_search.py tries each of them)
-SAMPLERS = ("euler", "heun", "heunpp2", "dpm_2", "lms", "dpmpp_2m", "ipndm", "ipndm_v", "deis", "res_multistep", "gradient_estimation")
+SAMPLERS = ("euler", "heun", "heunpp2", "dpm_2", "lms", "dpmpp_2m", "ipndm", "ipndm_v", "deis", "gradient_estimation")
 
 
 def differentiable(sampler: Any) -> Callable[..., Tensor]:
@@ -27,7 +27,7 @@ def differentiable(sampler: Any) -> Callable[..., Tensor]:
     if name not in SAMPLERS or options.get("s_churn"):
         reason = "adds noise" if options.get("s_churn") else "cannot be differentiated"
         raise ValueError(f"Guidance policy search: the sampler {name} {reason}; use one of {', '.join(SAMPLERS)}, or ddim.")
-    return partial(function.__wrapped__, **options)
+    return partial(getattr(function, "__wrapped__", function), **options)
 
 
 @contextmanager

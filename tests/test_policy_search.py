@@ -199,7 +199,7 @@ def test_inference_tensors_are_seen_as_ordinary_ones_on_the_same_memory(host):
     assert layer.weight is before[0] and layer.table is before[1]
 
 
-@pytest.mark.parametrize("name", ["euler_ancestral", "dpmpp_2m_sde", "dpm_adaptive", "uni_pc"])
+@pytest.mark.parametrize("name", ["euler_ancestral", "dpmpp_2m_sde", "dpm_adaptive", "res_multistep", "uni_pc"])
 def test_samplers_that_cannot_be_differentiated_are_refused(search, name):
     import tools
 
