@@ -50,6 +50,7 @@ class Coefficients:
         lines = [
             f"LinearAG coefficients {self.hash}: {self.trajectories} trajectories",
             f"model {setting.model}, {setting.sampler}, {setting.steps} steps, cfg {setting.cfg:g}, {setting.space} predictions",
+            f"{2 * setting.steps - len(self.betas) - (setting.steps + 1) // 2} NFE instead of {2 * setting.steps}",
             "",
             "R² of the predicted unconditional prediction (1 - R² in brackets)",
             f"{'step':>4}  {'fit':<20}{'previous uncond':<20}{'previous, shifted':<20}",
