@@ -293,6 +293,31 @@ def test_without_replaced_steps_it_is_cfg(tiny):
     assert tools.log_of(half).nfe == STEPS + STEPS // 2
 
 
+@pytest.mark.parametrize("threshold", [-1.0, 0.9, 1.01])
+def test_with_adaptive_guidance(tiny, threshold):
+    """Without replaced steps it is AG; with them, AG's criterion ends CFG, and what it leaves is predicted all the same."""
+    from dataclasses import replace
+
+    import tools
+
+    from lodestar.guiders.adaptive import AdaptiveGuidance
+
+    rule = AdaptiveGuidance(threshold=threshold)
+    alone = tools.guided(tiny.model, rule)
+    nothing = replace(tiny.coefficients, betas={}, r2={})
+    expected = sample(alone)
+    assert sample(applied(alone, nothing, second_half="cfg")).equal(expected)
+    assert sample(tools.guided(applied(tiny.model, nothing, second_half="cfg"), rule)).equal(expected)
+    both = applied(alone, tiny.coefficients, second_half="cfg")
+    assert sample(both).isfinite().all()
+    evaluations = tools.log_of(both).evaluations
+    assert evaluations[0] == 2
+    if threshold > 1:
+        assert [evaluations[i] for i in range(STEPS)] == [2, 1, 2, 1, 2, 2, 2, 2]
+    if threshold < 0:
+        assert [evaluations[i] for i in range(STEPS)] == [2] + [1] * (STEPS - 1)
+
+
 def test_two_runs_are_equal_and_so_are_fits(tiny):
     guided = applied(tiny.model, tiny.coefficients)
     assert sample(guided).equal(sample(guided))
@@ -510,3 +535,39 @@ def test_other_files_are_refused(tiny, tmp_path):
     save_file(tensors, path, metadata=about | {"setting": about["setting"].replace('"steps": 8', '"steps": 9')})
     with pytest.raises(ValueError, match="damaged: its 9 sigmas are not those of its 9 steps"):
         Coefficients.load(path)
+
+
+def test_the_nodes_save_and_load(tiny):
+    """In the host's folder, never over another file, and nowhere else."""
+    from lodestar.nodes.linear_ag import LodestarLinearAG, LodestarLoadCoefficients, LodestarSaveCoefficients
+
+    names = [LodestarSaveCoefficients.execute(tiny.coefficients, f"tests/{tiny.kind}").args[0] for _ in range(2)]
+    assert len(set(names)) == 2
+    (file,) = (entry for entry in LodestarLoadCoefficients.define_schema().inputs if entry.id == "file")
+    assert set(names) <= set(file.options)
+    loaded, report = LodestarLoadCoefficients.execute(names[0]).args
+    assert loaded.hash == tiny.coefficients.hash and loaded.hash in report and "NFE instead of" in report
+    assert LodestarLoadCoefficients.fingerprint_inputs(names[0]) == LodestarLoadCoefficients.fingerprint_inputs(names[1])
+    assert sample(LodestarLinearAG.execute(tiny.model, loaded).args[0]).isfinite().all()
+    for bad in ("../x", "/tmp/x"):
+        with pytest.raises(ValueError, match="leads out of models/guidance"):
+            LodestarSaveCoefficients.execute(tiny.coefficients, bad)
+
+
+def test_the_fit_node_takes_lists(host):
+    import tools
+
+    from lodestar.nodes.linear_ag import LodestarLinearAGFit
+
+    model = tools.tiny("unet")
+    these = runs(model)
+    inputs = {
+        "model": [model], "positive": [tools.cond(1), tools.cond(3)], "negative": [these.negative], "latent_image": [these.latent],
+        "sampler": [these.sampler], "sigmas": [these.sigmas], "cfg": [CFG], "trajectories": [6], "seed": [5],
+    }  # fmt: skip
+    assert LodestarLinearAGFit.define_schema().is_input_list
+    coefficients, report = LodestarLinearAGFit.execute(**inputs).args
+    assert coefficients.hash == fitted(model, positive=inputs["positive"]).hash
+    assert "8 steps, cfg 4" in report and "12 NFE" not in report and "10 NFE instead of 16" in report
+    with pytest.raises(ValueError, match="LinearAG: fit: only positive may be a list; cfg holds 2 values"):
+        LodestarLinearAGFit.execute(**inputs | {"cfg": [4.0, 5.0]})

@@ -478,3 +478,58 @@ def test_what_is_not_json_is_refused(host):
 
     with pytest.raises(ValueError, match=r"^Guidance policy: p\.json is not JSON"):
         GuidancePolicy.from_json("{", "p.json")
+
+
+def test_the_nodes_search_save_and_load(host):
+    """A search of the node is the search; its file is its JSON."""
+    import tools
+
+    from lodestar.nodes.guidance_policy import LodestarGuidancePolicy, LodestarLoadPolicy, LodestarPolicySearch, LodestarSavePolicy
+
+    model = tools.tiny("unet")
+    these = runs(model)
+    inputs = {
+        "model": [model], "positive": these.positive, "negative": [these.negative], "latent_image": [these.latent],
+        "sampler": [these.sampler], "sigmas": [these.sigmas], "cfg": [CFG], "iterations": [2], "cost_weight": [0.1], "seed": [5],
+    }  # fmt: skip
+    with torch.inference_mode():
+        policy, text, report = LodestarPolicySearch.execute(**inputs).args
+    assert text == policy.to_json() and "NFE" in report
+    name = LodestarSavePolicy.execute(policy, "tests/policy").args[0]
+    assert LodestarLoadPolicy.execute(name).args == (policy, text)
+    assert len(LodestarLoadPolicy.fingerprint_inputs(name)) == 64
+    assert sample(LodestarGuidancePolicy.execute(model, policy).args[0]).isfinite().all()
+
+
+# --- the strip in the report -----------------------------------------------------------------------------------------
+
+
+def test_the_report_draws_a_cell_for_every_step(host):
+    """Colours of the cells at the places of the steps; none where no policy acted."""
+    import tools
+
+    from lodestar.nodes import policy_strip, report_picture
+
+    model, weights = tools.tiny("unet"), (12.0, 1.0, 0.0, 3.0)
+    guided = applied(model, policy_for(model, weights))
+    sample(guided)
+    log = tools.log_of(guided)
+    assert [policy_strip.kind_of(log.choices[i]) for i in range(4)] == ["CFG", "conditional", "unconditional", "CFG"]
+    picture = (report_picture.draw(log)[0] * 255).round().int()
+    row = report_picture._TOP + 8 + policy_strip._ABOVE + 3
+    for i in range(4):
+        pixel = picture[row, round(report_picture._x(i, 4))].tolist()
+        assert pixel == list(bytes.fromhex(policy_strip._KINDS[policy_strip.kind_of(log.choices[i])][1:]))
+    plain = tools.attach(model)
+    sample(plain)
+    assert report_picture.draw(tools.log_of(plain)).shape[1] == len(picture) - policy_strip.HEIGHT
+
+
+def test_a_cell_shows_how_many_rows_are_guided(host):
+    from lodestar.guiders.plan import Choice
+    from lodestar.nodes import policy_strip
+
+    assert policy_strip.guided(Choice(uncond=(True, False, False, False))) == 0.25
+    assert policy_strip.kind_of(Choice(uncond=(True, False))) == "CFG" and policy_strip.kind_of(Choice(uncond=False)) == "conditional"
+    assert policy_strip.kind_of(Choice(predicted=True)) == "predicted"
+    assert not policy_strip.wanted({0: Choice()}) and policy_strip.wanted({0: Choice(), 1: Choice(weight=1.0)})
