@@ -25,10 +25,16 @@ from tqdm import tqdm
 from lodestar.benchmarks._flops import counted_flops
 from lodestar.demo import models
 from lodestar.demo.shapes import SIZE
+from lodestar.guiders.coefficients import Coefficients
+from lodestar.guiders.linear_ag import replaced_steps, shifted
+from lodestar.guiders.searched_policy import GuidancePolicy
+from lodestar.guiders.setting import Setting
 from lodestar.nodes.adaptive import LodestarAdaptiveGuidance
 from lodestar.nodes.apg import LodestarAPG
 from lodestar.nodes.autoguidance import LodestarAutoguidance
 from lodestar.nodes.interval import LodestarGuidanceInterval
+from lodestar.nodes.guidance_policy import LodestarGuidancePolicy
+from lodestar.nodes.linear_ag import LodestarLinearAG
 from lodestar.nodes.pag import LodestarPAG
 
 CAPTION = "a large purple pentagon on a cream background"
@@ -41,6 +47,7 @@ class Models(NamedTuple):
 
     main: Any
     weak: Any
+    sigmas: torch.Tensor
 
 
 class Method(NamedTuple):
@@ -97,6 +104,27 @@ def adaptive(model: Any, threshold: float) -> Any:
     return LodestarAdaptiveGuidance.execute(model, threshold=threshold, space="denoised", switch="next_step").result[0]
 
 
+def setting(pair: Models) -> Setting:
+    """What coefficients and policies have to be made for, to be accepted in this benchmark."""
+    guider = comfy.samplers.CFGGuider(pair.main)
+    guider.set_conds(conditioning(CAPTION), conditioning(""))
+    guider.set_cfg(CFG)
+    return Setting.of(guider, comfy.samplers.sampler_object("euler"), pair.sigmas)
+
+
+def linear_ag(pair: Models) -> Any:
+    """Our LinearAG. Its cost does not depend on the coefficients' values."""
+    coefficients = Coefficients(setting(pair), {k: shifted(k) for k in replaced_steps(len(pair.sigmas) - 1)}, {}, 0)
+    return LodestarLinearAG.execute(pair.main, coefficients).result[0]
+
+
+def policy(pair: Models) -> Any:
+    """A policy like the paper's: CFG in the first half, one step in four unconditional in the second, otherwise conditional."""
+    steps = len(pair.sigmas) - 1
+    weights = [CFG] * (steps // 2) + [float(i % 4 > 0) for i in range(steps - steps // 2)]
+    return LodestarGuidancePolicy.execute(pair.main, GuidancePolicy(setting(pair), tuple(weights))).result[0]
+
+
 def host_dual_model(pair: Models) -> Any:
     """The host's autoguidance: its guider for two models, with the same prompt for both."""
     node = getattr(nodes_custom_sampler, "DualModelGuider", None)
@@ -115,6 +143,8 @@ METHODS = (
     Method("CFG in the interval 0.2 to 0.8", lambda pair: interval(pair.main)),
     Method("AG, threshold 0.99", lambda pair: adaptive(pair.main, 0.99)),
     Method("AG, threshold 0.998", lambda pair: adaptive(pair.main, 0.998)),
+    Method("LinearAG", linear_ag),
+    Method("a policy: CFG in half of the steps", policy),
     Method("host: APG", lambda pair: nodes_apg.APG.execute(pair.main, 1.0, 5.0, 0.0).result[0]),
     Method("host: PAG (cfg 1)", lambda pair: nodes_pag.PerturbedAttentionGuidance.execute(pair.main, 3.0).result[0], cfg=1.0),
     Method("host: CFG + PAG", lambda pair: nodes_pag.PerturbedAttentionGuidance.execute(pair.main, 3.0).result[0]),
@@ -145,7 +175,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(model: str, method: Method, steps: int, timed: bool = False) -> Count | None:
     """Sample once and count, then again without counting for the time; None where the host lacks the node."""
     count = Count()
-    pair = Models(*(counted(models.load_model(model, strength), count) for strength in models.STRENGTHS))
+    main, weak = (counted(models.load_model(model, strength), count) for strength in models.STRENGTHS)
+    pair = Models(main, weak, schedule(model, main, steps))
     built = method.build(pair)
     if built is None:
         return None
@@ -155,21 +186,26 @@ def measure(model: str, method: Method, steps: int, timed: bool = False) -> Coun
         guider.set_conds(conditioning(CAPTION), conditioning(""))
         guider.set_cfg(method.cfg)
     with torch.no_grad(), counted_flops() as flops:
-        count.latent = sample(guider, model, pair.main, steps)
+        count.latent = sample(guider, pair.sigmas)
     count.flops = flops.get_total_flops()
     if timed:
         counters = replace(count)
-        count.seconds = min(seconds(guider, model, pair.main, steps) for _ in range(RUNS))
+        count.seconds = min(seconds(guider, pair.sigmas) for _ in range(RUNS))
         count.calls, count.rows, count.nfe = counters.calls, counters.rows, counters.nfe
     return count
 
 
 @torch.no_grad()
-def seconds(guider: Any, name: str, model: Any, steps: int) -> float:
+def seconds(guider: Any, sigmas: torch.Tensor) -> float:
     """Processor time of one run, which other programs on the machine change less than the time on the clock."""
     began = time.process_time()
-    sample(guider, name, model, steps)
+    sample(guider, sigmas)
     return time.process_time() - began
+
+
+def schedule(name: str, model: Any, steps: int) -> torch.Tensor:
+    """The demo model's usual schedule."""
+    return comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), models.SCHEDULERS[name], steps)
 
 
 def counted(model: Any, count: Count) -> Any:
@@ -179,11 +215,10 @@ def counted(model: Any, count: Count) -> Any:
     return clone
 
 
-def sample(guider: Any, name: str, model: Any, steps: int) -> torch.Tensor:
+def sample(guider: Any, sigmas: torch.Tensor) -> torch.Tensor:
     """Noise from the seed, then the host's Euler sampler."""
     latent = torch.zeros(BATCH, 3, SIZE, SIZE)
     noise = comfy.sample.prepare_noise(latent, SEED)
-    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), models.SCHEDULERS[name], steps)
     return guider.sample(noise, latent, comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True, seed=SEED)
 
 

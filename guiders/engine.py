@@ -60,6 +60,15 @@ def attach(model: Any, rule: Rule | None = None) -> Any:
     return clone
 
 
+def detach(model: Any) -> Any:
+    """Clone a MODEL without its plan."""
+    clone = model.clone()
+    for kind in _WRAPPERS:
+        clone.remove_wrappers_with_key(kind, KEY)
+    clone.model_options["transformer_options"].pop(PLAN, None)
+    return clone
+
+
 def _refuse_second(rule: Rule, plan: GuidancePlan) -> None:
     if not isinstance(rule, Policy) or not rule.claims or rule.neutral:
         return

@@ -253,7 +253,7 @@ def solver_step(levels: int) -> int | None:
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        names = frame.f_code.co_varnames
+        names = (*frame.f_code.co_varnames, *frame.f_code.co_cellvars)  # a variable that a comprehension reads is a cell
         for counter, schedule in _LOOPS:
             if counter in names and schedule in names:
                 i, sigmas = frame.f_locals.get(counter), frame.f_locals.get(schedule)

@@ -8,7 +8,9 @@ from .adaptive import LodestarAdaptiveGuidance
 from .apg import LodestarAPG
 from .autoguidance import LodestarAutoguidance
 from .demo_model import LodestarDemoModel
+from .guidance_policy import LodestarGuidancePolicy, LodestarLoadPolicy, LodestarPolicySearch, LodestarSavePolicy
 from .interval import LodestarGuidanceInterval
+from .linear_ag import LodestarLinearAG, LodestarLinearAGFit, LodestarLoadCoefficients, LodestarSaveCoefficients
 from .pag import LodestarPAG
 from .report import LodestarReport
 
@@ -24,6 +26,14 @@ class Lodestar(ComfyExtension):
             LodestarAutoguidance,
             LodestarGuidanceInterval,
             LodestarAdaptiveGuidance,
+            LodestarLinearAGFit,
+            LodestarLinearAG,
+            LodestarSaveCoefficients,
+            LodestarLoadCoefficients,
+            LodestarPolicySearch,
+            LodestarGuidancePolicy,
+            LodestarSavePolicy,
+            LodestarLoadPolicy,
             LodestarReport,
             LodestarDemoModel,
         ]

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import mean
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from ..guiders.run import RunLog, Switch
+from . import policy_strip
 
 _WIDTH, _PANEL_HEIGHTS = 960, (300, 150)
 _LEFT, _RIGHT, _TOP, _GAP, _FOOT = 76, 28, 62, 62, 66  # margins, and the room above and below the panels
@@ -63,7 +65,8 @@ def draw(log: RunLog) -> torch.Tensor:
     panels = [("size of each update, relative to the denoised image", updates, _PANEL_HEIGHTS[0])]
     if cosines:
         panels.append((_DIRECTION, cosines, _PANEL_HEIGHTS[1]))
-    height = _TOP + sum(_GAP + of_panel for *_, of_panel in panels) + _FOOT
+    strip = policy_strip.HEIGHT if policy_strip.wanted(log.choices) else 0
+    height = _TOP + strip + sum(_GAP + of_panel for *_, of_panel in panels) + _FOOT
     picture = Image.new("RGB", (_WIDTH, height), _PAPER)
     pen = ImageDraw.Draw(picture)
     title = f"{_number(log.nfe)} evaluations (NFE) in {log.steps} steps" + (f", {_number(log.saved)} saved" if log.saved else "")
@@ -71,7 +74,10 @@ def draw(log: RunLog) -> torch.Tensor:
     pen.text((_LEFT, 18), title, fill=_INK, font=_font(22))
     pen.text((_LEFT, 48), costs, fill=_SOFT, font=_font(15))
     colours = dict(zip([*updates, *cosines], _COLOURS * (1 + len(log.curves) // len(_COLOURS)), strict=False))
-    y = _TOP
+    if strip:
+        width = min((_WIDTH - _LEFT - _RIGHT) / log.steps, 28.0)
+        policy_strip.draw_strip(pen, log.choices, _TOP + 8, _LEFT, width, partial(_x, steps=log.steps), _font, _INK)
+    y = _TOP + strip
     for name, curves, of_panel in panels:
         y += _GAP
         _panel(pen, name, curves, colours, log, (y, y + of_panel))

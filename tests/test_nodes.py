@@ -7,26 +7,53 @@ import asyncio
 import pytest
 
 WINDOW = {"start_percent": 0.0, "end_percent": 1.0}
+RUN = dict.fromkeys(("model", "positive", "negative", "latent_image", "sampler", "sigmas"))
 NODES = {  # a contract: workflow files in the wild hold these names in this order
     "LodestarAPG": {"model": None, "eta": 0.0, "norm_threshold": 15.0, "momentum": -0.5, **WINDOW},
     "LodestarPAG": {"model": None, "scale": 3.0, "layers": "middle", "joint_attention": "masked", "rescale": 0.0, **WINDOW},
     "LodestarAutoguidance": {"model": None, "weak_model": None, "scale": 2.0, **WINDOW},
     "LodestarGuidanceInterval": {"model": None, **WINDOW},
     "LodestarAdaptiveGuidance": {"model": None, "threshold": 0.991, "space": "denoised", "switch": "next_step", "stop_terms": False},
+    "LodestarLinearAGFit": {**RUN, "cfg": 7.5, "trajectories": 200, "seed": 0},
+    "LodestarLinearAG": {"model": None, "coefficients": None, "second_half": "conditional"},
+    "LodestarSaveCoefficients": {"coefficients": None, "filename_prefix": "linear_ag"},
+    "LodestarLoadCoefficients": {"file": None},
+    "LodestarPolicySearch": {**RUN, "cfg": 7.5, "iterations": 100, "cost_weight": 0.05, "seed": 0},
+    "LodestarGuidancePolicy": {"model": None, "policy": None},
+    "LodestarSavePolicy": {"policy": None, "filename_prefix": "policy"},
+    "LodestarLoadPolicy": {"file": None},
     "LodestarReport": {"model": None, "latent": None},
     "LodestarDemoModel": {"model": "unet", "strength": "main"},
 }
-OUTPUTS = {"LodestarReport": ["LATENT", "IMAGE", "STRING"], "LodestarDemoModel": ["MODEL", "CLIP", "VAE"]}
+OUTPUTS = {
+    "LodestarReport": ["LATENT", "IMAGE", "STRING"],
+    "LodestarDemoModel": ["MODEL", "CLIP", "VAE"],
+    "LodestarLinearAGFit": ["GUIDANCE_COEFFICIENTS", "STRING"],
+    "LodestarSaveCoefficients": ["STRING"],
+    "LodestarLoadCoefficients": ["GUIDANCE_COEFFICIENTS", "STRING"],
+    "LodestarPolicySearch": ["GUIDANCE_POLICY", "STRING", "STRING"],
+    "LodestarSavePolicy": ["STRING"],
+    "LodestarLoadPolicy": ["GUIDANCE_POLICY", "STRING"],
+}
 DISPLAY_NAMES = {
     "LodestarAPG": "Adaptive Projected Guidance (APG)",
     "LodestarPAG": "Perturbed-Attention Guidance (PAG)",
     "LodestarAutoguidance": "Autoguidance",
     "LodestarGuidanceInterval": "Guidance Interval",
     "LodestarAdaptiveGuidance": "Adaptive Guidance (AG)",
+    "LodestarLinearAGFit": "LinearAG: fit",
+    "LodestarLinearAG": "LinearAG: apply",
+    "LodestarSaveCoefficients": "LinearAG: save coefficients",
+    "LodestarLoadCoefficients": "LinearAG: load coefficients",
+    "LodestarPolicySearch": "Guidance policy search",
+    "LodestarGuidancePolicy": "Guidance policy: apply",
+    "LodestarSavePolicy": "Guidance policy: save",
+    "LodestarLoadPolicy": "Guidance policy: load",
     "LodestarReport": "Guidance Report",
     "LodestarDemoModel": "Demo Model (Shapes)",
 }
-GUIDANCE = [node for node in NODES if "model" in NODES[node] and node not in ("LodestarReport", "LodestarDemoModel")]
+LEARNT = ("LodestarLinearAGFit", "LodestarLinearAG", "LodestarPolicySearch", "LodestarGuidancePolicy")  # need more than a model
+GUIDANCE = [node for node in NODES if "model" in NODES[node] and node not in (*LEARNT, "LodestarReport", "LodestarDemoModel")]
 
 
 @pytest.fixture
@@ -81,7 +108,7 @@ def test_defaults_are_allowed_values(classes, node):
     for entry in classes[node].define_schema().inputs:
         if getattr(entry, "min", None) is not None:
             assert entry.min <= entry.default <= entry.max
-        if getattr(entry, "options", None) is not None:
+        if getattr(entry, "options", None):  # a list of files may be empty
             assert entry.default in entry.options
 
 

@@ -1,0 +1,144 @@
+"""LinearAG nodes: fit, apply, save, load."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..guiders.coefficients import Coefficients
+from ..guiders.engine import attach
+from ..guiders.linear_ag import SECOND_HALVES, LinearAG
+from ..guiders.linear_ag_fit import NAME as FIT
+from ..guiders.linear_ag_fit import fit
+from . import guidance_files
+from .common import CATEGORY, model_input
+from .runs import CATEGORY as TRAINING
+from .runs import run_inputs, runs_of, seed_input
+
+CoefficientsType = io.Custom("GUIDANCE_COEFFICIENTS")
+SUFFIX = ".safetensors"
+
+
+class LodestarLinearAGFit(io.ComfyNode):
+    """See guiders/linear_ag_fit.py."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Schema."""
+        return io.Schema(
+            node_id="LodestarLinearAGFit",
+            display_name=FIT,
+            category=TRAINING,
+            description="Samples images with CFG and fits a linear regression that predicts the unconditional prediction. Once per model, "
+            "sampler, schedule and cfg; LinearAG: apply then saves evaluations.",
+            search_aliases=["linear ag", "adaptive guidance", "fit", "regression", "calibrate"],
+            is_input_list=True,
+            inputs=[
+                *run_inputs(),
+                io.Int.Input(
+                    "trajectories", default=200, min=1, max=100000,
+                    tooltip="Images to sample, as many at a time as latent_image has. The paper uses about 200.",
+                ),
+                seed_input(),
+            ],
+            outputs=[
+                CoefficientsType.Output("coefficients", tooltip="For LinearAG: apply, or Save Coefficients."),
+                io.String.Output("report", tooltip="R² of every replaced step next to those of trivial predictors."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, trajectories: list[int], **inputs: list) -> io.NodeOutput:
+        """Fit. All inputs are lists, of which ``positive`` may hold several prompts."""
+        coefficients = fit(runs_of(FIT, inputs), trajectories[0])
+        return io.NodeOutput(coefficients, coefficients.report())
+
+
+class LodestarLinearAG(io.ComfyNode):
+    """See guiders/linear_ag.py."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Schema."""
+        return io.Schema(
+            node_id="LodestarLinearAG",
+            display_name=LinearAG.name,
+            category=CATEGORY,
+            description="Predicts the unconditional prediction of every second step in the first half instead of evaluating it, and goes "
+            "on without it in the second half: 25 evaluations instead of 40 in 20 steps. Needs fitted coefficients.",
+            search_aliases=["linear ag", "adaptive guidance", "faster cfg", "skip uncond", "speed"],
+            inputs=[
+                model_input(),
+                CoefficientsType.Input("coefficients", tooltip="From LinearAG: fit or Load Coefficients; for this model, sampler and cfg."),
+                io.Combo.Input(
+                    "second_half", options=list(SECOND_HALVES), default="conditional", optional=True, advanced=True,
+                    tooltip="conditional, as in the paper: one evaluation per step. cfg: plain CFG, for Adaptive Guidance to end it.",
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="The model with the guidance attached.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model: Any, coefficients: Coefficients, second_half: str = "conditional") -> io.NodeOutput:
+        """Attach the rule."""
+        return io.NodeOutput(attach(model, LinearAG(coefficients=coefficients, second_half=second_half)))
+
+
+class LodestarSaveCoefficients(io.ComfyNode):
+    """Coefficients to a file."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Schema."""
+        return io.Schema(
+            node_id="LodestarSaveCoefficients",
+            display_name="LinearAG: save coefficients",
+            category=TRAINING,
+            description="Writes fitted LinearAG coefficients as a small safetensors file into models/guidance.",
+            search_aliases=["linear ag", "adaptive guidance", "save"],
+            is_output_node=True,
+            inputs=[
+                CoefficientsType.Input("coefficients", tooltip="From LinearAG: fit."),
+                guidance_files.prefix_input("linear_ag"),
+            ],
+            outputs=[io.String.Output("file", tooltip="The file's name, as LinearAG: load coefficients lists it.")],
+        )
+
+    @classmethod
+    def execute(cls, coefficients: Coefficients, filename_prefix: str) -> io.NodeOutput:
+        """Never overwrites a file."""
+        path = guidance_files.fresh(filename_prefix, SUFFIX)
+        coefficients.save(path)
+        return io.NodeOutput(guidance_files.name_of(path), ui={"text": (guidance_files.name_of(path),)})
+
+
+class LodestarLoadCoefficients(io.ComfyNode):
+    """Coefficients from a file."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Schema."""
+        return io.Schema(
+            node_id="LodestarLoadCoefficients",
+            display_name="LinearAG: load coefficients",
+            category=TRAINING,
+            description="Reads LinearAG coefficients from a safetensors file in models/guidance.",
+            search_aliases=["linear ag", "adaptive guidance", "load"],
+            inputs=[guidance_files.file_input(SUFFIX)],
+            outputs=[
+                CoefficientsType.Output("coefficients", tooltip="For LinearAG: apply."),
+                io.String.Output("report", tooltip="What they were fitted for, and R² of every replaced step."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        """A file that was not made by the save node is refused."""
+        coefficients = Coefficients.load(guidance_files.existing(file))
+        return io.NodeOutput(coefficients, coefficients.report())
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str) -> str:
+        """Load again when the file has changed."""
+        return guidance_files.fingerprint(file)
