@@ -141,7 +141,7 @@ def _record(guider: Any, weight: float) -> None:
 def check_lambda(node: str, lambda_: float) -> None:
     """Raise ValueError outside of [0, 2], warn above 1."""
     if not 0 <= lambda_ <= LARGEST:
-        raise ValueError(f"{node}: lambda_ is {lambda_:g}; it lies between 0 and 1, or up to {LARGEST:g} for experiments (cfg is another scale).")
+        raise ValueError(f"{node}: lambda_ is {lambda_:g}; it lies between 0 and 1, or up to {LARGEST:g} for experiments (no cfg value).")
     if lambda_ > 1:
         logging.warning("%s: lambda_ %g is above 1, where CFG++ extrapolates like plain CFG and leaves the data again.", node, lambda_)
 
