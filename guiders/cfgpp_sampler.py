@@ -71,6 +71,9 @@ def sample_cfgpp(
     return solve(predict, x, Walk(sigmas, levels, steps, split, noise, history))
 
 
+sample_cfgpp.reads_uncond = True  # see samplers.py
+
+
 class Predictor:
     """Both predictions of one evaluation: D_lambda with everything that others add to it, and the plain D_u.
 

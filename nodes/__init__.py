@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .apg import LodestarAPG
 from .autoguidance import LodestarAutoguidance
+from .cfgpp import LodestarCFGPP, LodestarCFGPPInvert
 from .demo_model import LodestarDemoModel
 from .interval import LodestarGuidanceInterval
 from .pag import LodestarPAG
@@ -17,4 +18,13 @@ class Lodestar(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All node classes."""
-        return [LodestarAPG, LodestarPAG, LodestarAutoguidance, LodestarGuidanceInterval, LodestarReport, LodestarDemoModel]
+        return [
+            LodestarAPG,
+            LodestarPAG,
+            LodestarAutoguidance,
+            LodestarGuidanceInterval,
+            LodestarCFGPP,
+            LodestarCFGPPInvert,
+            LodestarReport,
+            LodestarDemoModel,
+        ]

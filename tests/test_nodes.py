@@ -12,19 +12,30 @@ NODES = {  # a contract: workflow files in the wild hold these names in this ord
     "LodestarPAG": {"model": None, "scale": 3.0, "layers": "middle", "joint_attention": "masked", "rescale": 0.0, **WINDOW},
     "LodestarAutoguidance": {"model": None, "weak_model": None, "scale": 2.0, **WINDOW},
     "LodestarGuidanceInterval": {"model": None, **WINDOW},
+    "LodestarCFGPP": {"sampler": "euler", "lambda_": 0.6, "eta": 1.0, "history": "unconditional"},
+    "LodestarCFGPPInvert": {
+        "model": None, "positive": None, "negative": None, "latent_image": None, "sigmas": None, "lambda_": 0.6,
+    },
     "LodestarReport": {"model": None, "latent": None},
     "LodestarDemoModel": {"model": "unet", "strength": "main"},
 }
-OUTPUTS = {"LodestarReport": ["LATENT", "IMAGE", "STRING"], "LodestarDemoModel": ["MODEL", "CLIP", "VAE"]}
+OUTPUTS = {
+    "LodestarCFGPP": ["SAMPLER"],
+    "LodestarCFGPPInvert": ["LATENT", "SIGMAS"],
+    "LodestarReport": ["LATENT", "IMAGE", "STRING"],
+    "LodestarDemoModel": ["MODEL", "CLIP", "VAE"],
+}
 DISPLAY_NAMES = {
     "LodestarAPG": "Adaptive Projected Guidance (APG)",
     "LodestarPAG": "Perturbed-Attention Guidance (PAG)",
     "LodestarAutoguidance": "Autoguidance",
     "LodestarGuidanceInterval": "Guidance Interval",
+    "LodestarCFGPP": "CFG++ Sampler",
+    "LodestarCFGPPInvert": "CFG++ Inversion",
     "LodestarReport": "Guidance Report",
     "LodestarDemoModel": "Demo Model (Shapes)",
 }
-GUIDANCE = [node for node in NODES if "model" in NODES[node] and node not in ("LodestarReport", "LodestarDemoModel")]
+GUIDANCE = [node for node in NODES if "start_percent" in NODES[node]]
 
 
 @pytest.fixture
@@ -85,6 +96,8 @@ def test_defaults_are_allowed_values(classes, node):
 
 def test_the_choices_of_the_combos(classes):
     options = {entry.id: entry.options for node in classes.values() for entry in node.define_schema().inputs if hasattr(entry, "options")}
+    assert options["sampler"] == ["euler", "euler_ancestral", "dpmpp_2m", "dpmpp_2s_ancestral", "dpmpp_2m_sde"]
+    assert options["history"] == ["unconditional", "guided"]
     assert options["joint_attention"] == ["masked", "passthrough"]
     assert options["strength"] == ["main", "weak"]
 

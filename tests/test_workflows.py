@@ -19,6 +19,8 @@ NODES = (
     "LodestarPAG",
     "LodestarAutoguidance",
     "LodestarGuidanceInterval",
+    "LodestarCFGPP",
+    "LodestarCFGPPInvert",
     "LodestarReport",
     "LodestarDemoModel",
 )
