@@ -50,7 +50,7 @@ def invert(
     """
     check_lambda(INVERSION, lambda_)
     if len(sigmas) < 2 or not bool((sigmas[1:] < sigmas[:-1]).all()):
-        raise ValueError(f"{INVERSION}: sigmas must fall from noise to picture, as a scheduler node makes them; these are {sigmas.tolist()}.")
+        raise ValueError(f"{INVERSION} takes sigmas that fall from noise to picture, as a scheduler makes them, not {sigmas.tolist()}.")
     if is_flow(model.get_model_object("model_sampling")):
         sigmas = sigmas.clamp(max=FURTHEST)
     sizes = (latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal"))

@@ -82,8 +82,8 @@ class LodestarCFGPPInvert(io.ComfyNode):
                 lambda_input("Strength of the prompt, as in the CFG++ sampler: use the same value there. Smaller is more faithful."),
             ],
             outputs=[
-                io.Latent.Output(tooltip="The noise, as a latent for SamplerCustom with add_noise off, or SamplerCustomAdvanced with DisableNoise."),
-                io.Sigmas.Output(tooltip="The schedule that leads back. On flow models it starts just below 1, where a latent can hold the noise."),
+                io.Latent.Output(tooltip="The noise, for SamplerCustom with add_noise off, or SamplerCustomAdvanced with DisableNoise."),
+                io.Sigmas.Output(tooltip="The schedule that leads back: as given, but starting below 1 on flow models (a latent cannot hold pure noise)."),
             ],
         )  # fmt: skip
 
