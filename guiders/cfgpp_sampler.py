@@ -156,8 +156,8 @@ def check_guider(node: str, guider: Any) -> None:
         raise ValueError(f"{node} cannot work with {kind}: that guider combines the predictions itself. Use SamplerCustom or CFGGuider.")
     if not guider.conds.get("negative"):
         raise ValueError(
-            f"{node} needs a negative prompt, which {kind} has not: CFG++ carries the unconditional noise from step to step. "
-            "Use CFGGuider or SamplerCustom; the negative prompt may be empty."
+            f"{node} needs a negative prompt (it may be empty), and this {kind} has none: CFG++ carries the unconditional noise "
+            "from step to step. Use SamplerCustom or CFGGuider."
         )
     plan = plan_of(guider.model_options)
     for _, rule in plan.active(Shaper) if plan is not None else ():

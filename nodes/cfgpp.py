@@ -83,7 +83,7 @@ class LodestarCFGPPInvert(io.ComfyNode):
             ],
             outputs=[
                 io.Latent.Output(tooltip="The noise, for SamplerCustom with add_noise off, or SamplerCustomAdvanced with DisableNoise."),
-                io.Sigmas.Output(tooltip="The schedule that leads back: as given, but starting below 1 on flow models (a latent cannot hold pure noise)."),
+                io.Sigmas.Output(tooltip="The schedule that leads back: on flow models it starts a little below 1, as no latent can hold pure noise."),
             ],
         )  # fmt: skip
 
