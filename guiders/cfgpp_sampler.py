@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from itertools import pairwise
+from statistics import mean
 from typing import Any
 
 import comfy.k_diffusion.sampling
@@ -48,20 +49,19 @@ def sample_cfgpp(
     """CFG++ in the form of the host's k-diffusion samplers. Raises ValueError, before any evaluation, for what cannot work."""
     inpaint, guider = _unwrapped(model)
     check_guider(SAMPLER, guider)
-    if guider.cfg != 1:
-        logging.info("%s: the guider's cfg %g is not used; the weight is lambda_ %g.", SAMPLER, guider.cfg, lambda_)
     model_sampling = guider.model_patcher.get_model_object("model_sampling")
     levels = levels_of(sigmas.tolist(), is_flow(model_sampling))
     _check_start(x, levels)
     solve, split = SOLVERS[solver]
     split = partial(split, eta=eta)
+    weights = [equivalent_cfg(lambda_, now, Level(then.a, split(now, then)[0])) for now, then in pairwise(levels)]
+    _announce(guider, lambda_, weights)
     both = Predictor(model, guider, extra_args, lambda_)
 
     def predict(x: Tensor, sigma: Tensor, i: int | None) -> tuple[Tensor, Tensor]:
         guided, uncond = both(x, sigma)
         if i is not None:
-            now, then = levels[i], levels[i + 1]
-            _record(guider, equivalent_cfg(lambda_, now, Level(then.a, split(now, then)[0])) if both.guides else 1.0)
+            _record(guider, weights[i] if both.guides else 1.0)
             if callback is not None:
                 callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": guided})
         return guided, _masked(inpaint, uncond, sigma, extra_args)
@@ -129,6 +129,14 @@ def _noise(x: Tensor, sigmas: Tensor, seed: int | None, solver: str, scale: floa
         return comfy.k_diffusion.sampling.BrownianTreeNoiseSampler(x, sigmas[sigmas > 0].min(), sigmas.max(), seed=seed, cpu=True)
 
     return lambda sigma, sigma_next: scale * sampler()(sigma, sigma_next)
+
+
+def _announce(guider: Any, lambda_: float, weights: Sequence[float]) -> None:
+    """Tell the log what cfg lambda is worth here, and notice one that is not used."""
+    if weights:
+        logging.info("%s: lambda_ %g is worth cfg %.3g on this schedule (mean over the steps).", SAMPLER, lambda_, mean(weights))
+    if guider.cfg != 1:
+        logging.info("%s: the guider's cfg %g is not used.", SAMPLER, guider.cfg)
 
 
 def _record(guider: Any, weight: float) -> None:

@@ -44,10 +44,13 @@ def table(log: RunLog) -> str:
 
 
 def draw(log: RunLog) -> torch.Tensor:
-    """The curves as an IMAGE [1, H, W, 3] in [0, 1]: the updates above, cosines on an axis of their own below."""
+    """The curves as an IMAGE [1, H, W, 3] in [0, 1]: the updates above, weights and cosines on axes of their own below."""
     cosines = {label: curve for label, curve in log.curves.items() if label.startswith("cosine")}
-    updates = {label: curve for label, curve in log.curves.items() if label not in cosines}
+    weights = {label: curve for label, curve in log.curves.items() if label.startswith("equivalent cfg")}
+    updates = {label: curve for label, curve in log.curves.items() if label not in cosines | weights}
     panels = [("size of each update, relative to the denoised image", updates, _PANEL_HEIGHTS[0])]
+    if weights:
+        panels.append(("weight of plain CFG that does the same in the step", weights, _PANEL_HEIGHTS[1]))
     if cosines:
         panels.append(("direction", cosines, _PANEL_HEIGHTS[1]))
     height = _TOP + sum(_GAP + of_panel for *_, of_panel in panels) + _FOOT
@@ -57,7 +60,7 @@ def draw(log: RunLog) -> torch.Tensor:
     costs = f"batch {log.batch}:  {log.rows} rows in {log.calls} model calls,  {log.seconds:.2f} s"
     pen.text((_LEFT, 18), title, fill=_INK, font=_font(22))
     pen.text((_LEFT, 48), costs, fill=_SOFT, font=_font(15))
-    colours = dict(zip([*updates, *cosines], _COLOURS * (1 + len(log.curves) // len(_COLOURS)), strict=False))
+    colours = dict(zip([*updates, *weights, *cosines], _COLOURS * (1 + len(log.curves) // len(_COLOURS)), strict=False))
     y = _TOP
     for name, curves, of_panel in panels:
         y += _GAP

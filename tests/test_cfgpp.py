@@ -308,5 +308,14 @@ def test_more_steps_are_more_cfg():
     assert weights(20)[-1] == 0.6
 
 
+def test_the_mean_weight_agrees_with_the_authors_pairs():
+    """50 DDIM steps of Stable Diffusion 1.5, matched by LPIPS: lambda 0.2 to 1 and cfg 2 to 12.5."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square()
+    abar = (1 - betas).cumprod(0)
+    sigmas = ((1 - abar) / abar).sqrt()[1::20].flip(0).tolist()
+    for lambda_, w in ((0.2, 2.0), (0.4, 5.0), (0.6, 7.5), (0.8, 9.0), (1.0, 12.5)):
+        assert cfgpp.mean_equivalent_cfg(lambda_, levels_of([*sigmas, 0.0], False)) == pytest.approx(w, rel=0.21)
+
+
 def test_equal_levels_have_no_equivalent():
     assert equivalent_cfg(0.6, Level(1.0, 2.0), Level(1.0, 2.0)) == math.inf and decay(Level(1.0, 2.0), Level(1.0, 2.0)) == 1
