@@ -83,6 +83,10 @@ class Inversion(comfy.samplers.Sampler):
     def __init__(self, lambda_: float) -> None:
         self.lambda_ = lambda_
 
+    def predictor(self, guider: Any, extra_args: dict[str, Any]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """What is asked for the prediction behind the noise (D_lambda) and the one behind the clean estimate (D_u)."""
+        return Predictor(guider, guider, extra_args, self.lambda_)
+
     @torch.no_grad()
     def sample(
         self,
@@ -99,7 +103,7 @@ class Inversion(comfy.samplers.Sampler):
         check_guider(INVERSION, guider)
         model_sampling = guider.inner_model.model_sampling
         levels = levels_of(sigmas.tolist(), is_flow(model_sampling))
-        both = Predictor(guider, guider, extra_args, self.lambda_)
+        both = self.predictor(guider, extra_args)
         x = model_sampling.noise_scaling(sigmas[-1], noise, latent_image)
         steps = len(sigmas) - 1
         for done in model_trange(steps, disable=disable_pbar):

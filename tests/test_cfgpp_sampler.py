@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 import tools
@@ -306,3 +307,13 @@ def test_rising_sigmas_and_empty_starts():
 def test_a_schedule_without_steps():
     model = tiny("unet")
     assert run(model, sampler(), sigmas=[3.0]).isfinite().all()
+
+
+# --- the help page ---------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_the_help_page_is_the_computed_one():
+    from lodestar.benchmarks import cfg_of_lambda
+
+    page = (Path(__file__).parents[1] / "js" / "docs" / "LodestarCFGPP.md").read_text(encoding="utf-8")
+    assert cfg_of_lambda.table() in page
