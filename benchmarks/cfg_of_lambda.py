@@ -1,4 +1,4 @@
-"""What lambda of CFG++ is worth in cfg: ``python run.py bench cfg_of_lambda``. The mean over the steps of a schedule; nothing is sampled."""
+"""What lambda of CFG++ is worth in cfg: ``python run.py bench cfg_of_lambda``. A mean over the steps of a schedule; samples nothing."""
 
 from __future__ import annotations
 

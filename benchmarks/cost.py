@@ -23,6 +23,7 @@ from tqdm import tqdm
 from lodestar.benchmarks._flops import counted_flops
 from lodestar.demo import models
 from lodestar.demo.shapes import SIZE
+from lodestar.guiders.cfgpp_sampler import cfgpp_sampler
 from lodestar.nodes.apg import LodestarAPG
 from lodestar.nodes.autoguidance import LodestarAutoguidance
 from lodestar.nodes.interval import LodestarGuidanceInterval
@@ -45,6 +46,7 @@ class Method(NamedTuple):
     name: str
     build: Callable[[Models], Any]
     cfg: float = CFG
+    sampler: Any = comfy.samplers.sampler_object("euler")
 
 
 @dataclass
@@ -104,6 +106,8 @@ METHODS = (
     Method("autoguidance (cfg 1)", lambda pair: autoguidance(pair.main, pair.weak), cfg=1.0),
     Method("CFG + PAG + autoguidance", lambda pair: autoguidance(pag(pair.main), pair.weak)),
     Method("CFG in the interval 0.2 to 0.8", lambda pair: interval(pair.main)),
+    Method("CFG++", lambda pair: pair.main, cfg=1.0, sampler=cfgpp_sampler("euler", 0.6)),
+    Method("CFG++ at lambda 1", lambda pair: pair.main, cfg=1.0, sampler=cfgpp_sampler("euler", 1.0)),
     Method("host: APG", lambda pair: nodes_apg.APG.execute(pair.main, 1.0, 5.0, 0.0).result[0]),
     Method("host: PAG (cfg 1)", lambda pair: nodes_pag.PerturbedAttentionGuidance.execute(pair.main, 3.0).result[0], cfg=1.0),
     Method("host: CFG + PAG", lambda pair: nodes_pag.PerturbedAttentionGuidance.execute(pair.main, 3.0).result[0]),
@@ -141,7 +145,7 @@ def measure(model: str, method: Method, steps: int) -> Count | None:
         guider.set_conds(conditioning(CAPTION), conditioning(""))
         guider.set_cfg(method.cfg)
     with torch.no_grad(), counted_flops() as flops:
-        count.latent = sample(guider, model, pair.main, steps)
+        count.latent = sample(guider, model, pair.main, steps, method.sampler)
     count.flops = flops.get_total_flops()
     return count
 
@@ -153,12 +157,12 @@ def counted(model: Any, count: Count) -> Any:
     return clone
 
 
-def sample(guider: Any, name: str, model: Any, steps: int) -> torch.Tensor:
-    """Noise from the seed, then the host's Euler sampler."""
+def sample(guider: Any, name: str, model: Any, steps: int, sampler: Any) -> torch.Tensor:
+    """Noise from the seed, then the method's sampler."""
     latent = torch.zeros(BATCH, 3, SIZE, SIZE)
     noise = comfy.sample.prepare_noise(latent, SEED)
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), models.SCHEDULERS[name], steps)
-    return guider.sample(noise, latent, comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True, seed=SEED)
+    return guider.sample(noise, latent, sampler, sigmas, disable_pbar=True, seed=SEED)
 
 
 def conditioning(text: str) -> list:
