@@ -1,4 +1,4 @@
-"""CFG++. Chung et al., ICLR 2025, arXiv 2406.08070, Algorithm 2, on any Gaussian path x = a x0 + s noise.
+"""CFG++. Chung et al., ICLR 2025, arXiv 2406.08070, from the authors' code, on any Gaussian path x = a x0 + s noise.
 
 The clean estimate is guided, D_lambda = D_u + lambda (D_c - D_u), and the noise that carries it to the next level is the unconditional one.
 So every solver is its own unconditional step plus a' (D_lambda - D_u): exactly one term, of weight 1, sees the condition.
@@ -52,7 +52,7 @@ def ddim(x: Tensor, denoised: Tensor, now: Level, then: Level) -> Tensor:
 
 
 def cfgpp_step(x: Tensor, guided: Tensor, uncond: Tensor, now: Level, then: Level) -> Tensor:
-    """a' D_lambda + s' eps_u, Algorithm 2, as DDIM with D_u plus a' (D_lambda - D_u): [B, ...] -> [B, ...]."""
+    """a' D_lambda + s' eps_u, which is DDIM with D_u plus a' (D_lambda - D_u): [B, ...] -> [B, ...]."""
     return then.a * guided if then.s == 0 else ddim(x, uncond, now, then) + then.a * (guided - uncond)
 
 

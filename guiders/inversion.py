@@ -1,4 +1,4 @@
-"""DDIM inversion with CFG++. Chung et al., ICLR 2025, arXiv 2406.08070, Algorithm 3 (from the authors' code): from a picture to its noise.
+"""DDIM inversion with CFG++. Chung et al., ICLR 2025, arXiv 2406.08070, from the authors' code: from a picture to its noise.
 
 The roles of the predictions are swapped: the clean estimate is the unconditional one, and the noise is guided.
 """
@@ -21,6 +21,8 @@ from .cfgpp import Level, cfgpp_step, levels_of
 from .cfgpp_sampler import INVERSION, Predictor, check_guider, check_lambda
 from .spaces import is_flow
 
+FURTHEST = 0.9999  # of a flow model's t: at 1 nothing is left of a latent in which the host could be handed the noise
+
 
 def inversion_step(x: Tensor, guided: Tensor, uncond: Tensor, now: Level, then: Level) -> Tensor:
     """a' D_u + s' eps_lambda, from the less noisy level ``now``, where D_lambda and D_u [B, ...] are evaluated, to ``then``."""
@@ -36,10 +38,6 @@ def first_step(x: Tensor, scaled: Tensor, guided: Tensor) -> Tensor:
     return x + scaled - guided
 
 
-
-FURTHEST = 0.9999  # of a flow model's t: at 1 nothing is left of a latent in which the host could be handed the noise
-
-
 def invert(
     model: Any, positive: list, negative: list, latent: dict[str, Any], sigmas: Tensor, lambda_: float
 ) -> tuple[dict[str, Any], Tensor]:
@@ -53,8 +51,7 @@ def invert(
         raise ValueError(f"{INVERSION} takes sigmas that fall from noise to picture, as a scheduler makes them, not {sigmas.tolist()}.")
     if is_flow(model.get_model_object("model_sampling")):
         sigmas = sigmas.clamp(max=FURTHEST)
-    sizes = (latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal"))
-    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *sizes)
+    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, negative)
     samples = guider.sample(
