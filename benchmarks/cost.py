@@ -25,6 +25,7 @@ from tqdm import tqdm
 from lodestar.benchmarks._flops import counted_flops
 from lodestar.demo import models
 from lodestar.demo.shapes import SIZE
+from lodestar.guiders.cfgpp_sampler import cfgpp_sampler
 from lodestar.guiders.coefficients import Coefficients
 from lodestar.guiders.linear_ag import replaced_steps, shifted
 from lodestar.guiders.searched_policy import GuidancePolicy
@@ -32,8 +33,8 @@ from lodestar.guiders.setting import Setting
 from lodestar.nodes.adaptive import LodestarAdaptiveGuidance
 from lodestar.nodes.apg import LodestarAPG
 from lodestar.nodes.autoguidance import LodestarAutoguidance
-from lodestar.nodes.interval import LodestarGuidanceInterval
 from lodestar.nodes.guidance_policy import LodestarGuidancePolicy
+from lodestar.nodes.interval import LodestarGuidanceInterval
 from lodestar.nodes.linear_ag import LodestarLinearAG
 from lodestar.nodes.pag import LodestarPAG
 
@@ -56,6 +57,7 @@ class Method(NamedTuple):
     name: str
     build: Callable[[Models], Any]
     cfg: float = CFG
+    sampler: Any = comfy.samplers.sampler_object("euler")
 
 
 @dataclass
@@ -145,6 +147,8 @@ METHODS = (
     Method("AG, threshold 0.998", lambda pair: adaptive(pair.main, 0.998)),
     Method("LinearAG", linear_ag),
     Method("a policy: CFG in half of the steps", policy),
+    Method("CFG++", lambda pair: pair.main, cfg=1.0, sampler=cfgpp_sampler("euler", 0.6)),
+    Method("CFG++ at lambda 1", lambda pair: pair.main, cfg=1.0, sampler=cfgpp_sampler("euler", 1.0)),
     Method("host: APG", lambda pair: nodes_apg.APG.execute(pair.main, 1.0, 5.0, 0.0).result[0]),
     Method("host: PAG (cfg 1)", lambda pair: nodes_pag.PerturbedAttentionGuidance.execute(pair.main, 3.0).result[0], cfg=1.0),
     Method("host: CFG + PAG", lambda pair: nodes_pag.PerturbedAttentionGuidance.execute(pair.main, 3.0).result[0]),
@@ -186,20 +190,20 @@ def measure(model: str, method: Method, steps: int, timed: bool = False) -> Coun
         guider.set_conds(conditioning(CAPTION), conditioning(""))
         guider.set_cfg(method.cfg)
     with torch.no_grad(), counted_flops() as flops:
-        count.latent = sample(guider, pair.sigmas)
+        count.latent = sample(guider, pair.sigmas, method.sampler)
     count.flops = flops.get_total_flops()
     if timed:
         counters = replace(count)
-        count.seconds = min(seconds(guider, pair.sigmas) for _ in range(RUNS))
+        count.seconds = min(seconds(guider, pair.sigmas, method.sampler) for _ in range(RUNS))
         count.calls, count.rows, count.nfe = counters.calls, counters.rows, counters.nfe
     return count
 
 
 @torch.no_grad()
-def seconds(guider: Any, sigmas: torch.Tensor) -> float:
+def seconds(guider: Any, sigmas: torch.Tensor, sampler: Any) -> float:
     """Processor time of one run, which other programs on the machine change less than the time on the clock."""
     began = time.process_time()
-    sample(guider, sigmas)
+    sample(guider, sigmas, sampler)
     return time.process_time() - began
 
 
@@ -215,11 +219,11 @@ def counted(model: Any, count: Count) -> Any:
     return clone
 
 
-def sample(guider: Any, sigmas: torch.Tensor) -> torch.Tensor:
-    """Noise from the seed, then the host's Euler sampler."""
+def sample(guider: Any, sigmas: torch.Tensor, sampler: Any) -> torch.Tensor:
+    """Noise from the seed, then the method's sampler."""
     latent = torch.zeros(BATCH, 3, SIZE, SIZE)
     noise = comfy.sample.prepare_noise(latent, SEED)
-    return guider.sample(noise, latent, comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True, seed=SEED)
+    return guider.sample(noise, latent, sampler, sigmas, disable_pbar=True, seed=SEED)
 
 
 def conditioning(text: str) -> list:

@@ -7,6 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 from .adaptive import LodestarAdaptiveGuidance
 from .apg import LodestarAPG
 from .autoguidance import LodestarAutoguidance
+from .cfgpp import LodestarCFGPP, LodestarCFGPPInvert
 from .demo_model import LodestarDemoModel
 from .guidance_policy import LodestarGuidancePolicy, LodestarLoadPolicy, LodestarPolicySearch, LodestarSavePolicy
 from .interval import LodestarGuidanceInterval
@@ -34,6 +35,8 @@ class Lodestar(ComfyExtension):
             LodestarGuidancePolicy,
             LodestarSavePolicy,
             LodestarLoadPolicy,
+            LodestarCFGPP,
+            LodestarCFGPPInvert,
             LodestarReport,
             LodestarDemoModel,
         ]

@@ -59,10 +59,13 @@ def _number(value: float) -> str:
 
 
 def draw(log: RunLog) -> torch.Tensor:
-    """The curves as an IMAGE [1, H, W, 3] in [0, 1]: the updates above, cosines on an axis of their own below."""
+    """The curves as an IMAGE [1, H, W, 3] in [0, 1]: the updates above, weights and cosines on axes of their own below."""
     cosines = {label: curve for label, curve in log.curves.items() if label.startswith("cosine")}
-    updates = {label: curve for label, curve in log.curves.items() if label not in cosines}
+    weights = {label: curve for label, curve in log.curves.items() if label.startswith("equivalent cfg")}
+    updates = {label: curve for label, curve in log.curves.items() if label not in cosines | weights}
     panels = [("size of each update, relative to the denoised image", updates, _PANEL_HEIGHTS[0])]
+    if weights:
+        panels.append(("weight of plain CFG that does the same in the step", weights, _PANEL_HEIGHTS[1]))
     if cosines:
         panels.append((_DIRECTION, cosines, _PANEL_HEIGHTS[1]))
     strip = policy_strip.HEIGHT if policy_strip.wanted(log.choices) else 0
@@ -73,7 +76,7 @@ def draw(log: RunLog) -> torch.Tensor:
     costs = f"batch {log.batch}:  {log.rows} rows in {log.calls} model calls,  {log.seconds:.2f} s"
     pen.text((_LEFT, 18), title, fill=_INK, font=_font(22))
     pen.text((_LEFT, 48), costs, fill=_SOFT, font=_font(15))
-    colours = dict(zip([*updates, *cosines], _COLOURS * (1 + len(log.curves) // len(_COLOURS)), strict=False))
+    colours = dict(zip([*updates, *weights, *cosines], _COLOURS * (1 + len(log.curves) // len(_COLOURS)), strict=False))
     if strip:
         width = min((_WIDTH - _LEFT - _RIGHT) / log.steps, 28.0)
         policy_strip.draw_strip(pen, log.choices, _TOP + 8, _LEFT, width, partial(_x, steps=log.steps), _font, _INK)

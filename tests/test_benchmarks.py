@@ -1,4 +1,4 @@
-"""Both benchmarks in a small size."""
+"""Benchmarks in a small size."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ def test_cost(host, capsys, model):
     assert rows["CFG"][:3] == rows["APG"][:3] == [1, 2 * batch, 2]
     assert rows["CFG + PAG"][:3] == rows["APG + PAG"][:3] == [1, 3 * batch, 3]
     assert rows["CFG + PAG + autoguidance"][:3] == [2, 4 * batch, 4]
+    assert rows["CFG++"] == rows["CFG++ at lambda 1"] == rows["CFG"]
     assert rows["CFG + PAG"][3] <= 3.0 < rows["CFG + PAG + autoguidance"][3] < 3.5
     assert rows["AG, threshold 0.99"][:3] == [1, 2 * batch, 2]
     host_pag = next(name for name in rows if name.startswith("host: CFG + PAG"))
@@ -50,3 +51,25 @@ def test_demo_quality(host, capsys, tmp_path):
     assert code == (0 if "FAIL" not in output else 1)
     assert output.count("pass") + output.count("FAIL") == 4
     assert sheet.stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["unet", "mmdit"])
+def test_inversion(host, model):
+    """CFG++ comes back closer than CFG; the border is what no shape touches."""
+    import torch
+
+    from lodestar.benchmarks import inversion
+    from lodestar.benchmarks.effects.cells import Batch
+    from lodestar.demo.shapes import random_scenes
+
+    batch = Batch(random_scenes(4, torch.Generator().manual_seed(3), pairs=0.0), 3)
+    pictures = inversion.originals(batch, model=model)
+    with torch.inference_mode():
+        ours, theirs = (
+            inversion.psnr(inversion.there_and_back(batch, model=model, method=method, lambda_=1.0, steps=12), pictures).mean()
+            for method in (inversion.CFGPP, inversion.CFG)
+        )
+    assert ours > theirs > 5 and inversion.border(pictures).shape == (4, 3, 32 * 32 - 24 * 24)
+    changed = inversion.edited(batch.scenes, "colour").objects != batch.scenes.objects
+    assert changed[..., 1].all() and not changed[..., 0].any() and not changed[..., 2].any()

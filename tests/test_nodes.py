@@ -22,6 +22,10 @@ NODES = {  # a contract: workflow files in the wild hold these names in this ord
     "LodestarGuidancePolicy": {"model": None, "policy": None},
     "LodestarSavePolicy": {"policy": None, "filename_prefix": "policy"},
     "LodestarLoadPolicy": {"file": None},
+    "LodestarCFGPP": {"sampler": "euler", "lambda_": 0.6, "eta": 1.0, "history": "unconditional"},
+    "LodestarCFGPPInvert": {
+        "model": None, "positive": None, "negative": None, "latent_image": None, "sigmas": None, "lambda_": 0.6,
+    },
     "LodestarReport": {"model": None, "latent": None},
     "LodestarDemoModel": {"model": "unet", "strength": "main"},
 }
@@ -34,6 +38,8 @@ OUTPUTS = {
     "LodestarPolicySearch": ["GUIDANCE_POLICY", "STRING", "STRING"],
     "LodestarSavePolicy": ["STRING"],
     "LodestarLoadPolicy": ["GUIDANCE_POLICY", "STRING"],
+    "LodestarCFGPP": ["SAMPLER"],
+    "LodestarCFGPPInvert": ["LATENT", "SIGMAS"],
 }
 DISPLAY_NAMES = {
     "LodestarAPG": "Adaptive Projected Guidance (APG)",
@@ -49,11 +55,13 @@ DISPLAY_NAMES = {
     "LodestarGuidancePolicy": "Guidance policy: apply",
     "LodestarSavePolicy": "Guidance policy: save",
     "LodestarLoadPolicy": "Guidance policy: load",
+    "LodestarCFGPP": "CFG++ Sampler",
+    "LodestarCFGPPInvert": "CFG++ Inversion",
     "LodestarReport": "Guidance Report",
     "LodestarDemoModel": "Demo Model (Shapes)",
 }
-LEARNT = ("LodestarLinearAGFit", "LodestarLinearAG", "LodestarPolicySearch", "LodestarGuidancePolicy")  # need more than a model
-GUIDANCE = [node for node in NODES if "model" in NODES[node] and node not in (*LEARNT, "LodestarReport", "LodestarDemoModel")]
+MORE_THAN_A_MODEL = ("LodestarLinearAGFit", "LodestarLinearAG", "LodestarPolicySearch", "LodestarGuidancePolicy", "LodestarCFGPPInvert")
+GUIDANCE = [node for node in NODES if "model" in NODES[node] and node not in (*MORE_THAN_A_MODEL, "LodestarReport", "LodestarDemoModel")]
 
 
 @pytest.fixture
@@ -114,6 +122,8 @@ def test_defaults_are_allowed_values(classes, node):
 
 def test_the_choices_of_the_combos(classes):
     options = {entry.id: entry.options for node in classes.values() for entry in node.define_schema().inputs if hasattr(entry, "options")}
+    assert options["sampler"] == ["euler", "euler_ancestral", "dpmpp_2m", "dpmpp_2s_ancestral", "dpmpp_2m_sde"]
+    assert options["history"] == ["unconditional", "guided"]
     assert options["joint_attention"] == ["masked", "passthrough"]
     assert options["strength"] == ["main", "weak"]
     assert options["space"] == ["denoised", "noise", "velocity"] and options["switch"] == ["next_step", "same_step"]

@@ -28,6 +28,8 @@ NODES = (
     "LodestarGuidancePolicy",
     "LodestarSavePolicy",
     "LodestarLoadPolicy",
+    "LodestarCFGPP",
+    "LodestarCFGPPInvert",
     "LodestarReport",
     "LodestarDemoModel",
 )
@@ -87,6 +89,40 @@ def test_workflow_is_complete(client, path):
         assert len(node.get("widgets_values") or ()) >= len(names), node["type"]
         if "" in names:
             assert node["widgets_values"][names.index("")] == "fixed"
+
+
+@pytest.mark.slow
+def test_a_picture_of_ones_own_is_edited(client):
+    """The editing template with Load Image in the place of the pictures it makes: another colour, and all else as it was."""
+    import torch
+
+    from lodestar.demo import classifier, shapes
+
+    def scene(colour):
+        objects = torch.tensor([[[1, shapes.COLOURS.index(colour), shapes.SHAPES.index("disc")], [0, 0, 0]]])
+        return shapes.Scenes(objects, torch.tensor([shapes.BACKGROUNDS.index("grey")]), torch.tensor([-1]))
+
+    picture = shapes.draw(scene("red"), torch.Generator().manual_seed(2))
+    Image.fromarray((picture[0].movedim(0, -1) * 255).byte().numpy()).save(client.url.base / "input" / "disc.png")
+    workflow = read(next(path for path in WORKFLOWS if path.stem == "cfgpp_edit"))
+    for node in workflow["nodes"]:
+        if node["type"] == "LoadImage":
+            node.update(mode=0, widgets_values=["disc.png", "image"])
+            load = str(node["id"])
+    prompt = api.to_prompt(workflow, client.node_types)
+    (encode,) = api.find(prompt, "VAEEncode")
+    prompt[encode]["inputs"]["pixels"] = [load, 0]
+    (inversion,) = api.find(prompt, "LodestarCFGPPInvert")
+    (sampler,) = api.find(prompt, "SamplerCustom")
+    (decoded,) = (i for i in api.find(prompt, "VAEDecode") if prompt[i]["inputs"]["samples"][0] == sampler)
+    assert prompt[prompt[inversion]["inputs"]["positive"][0]]["inputs"]["text"] == "a large red disc on a grey background"
+    shown = api.add(prompt, "PreviewImage", images=[decoded, 0])
+    (file,) = client.images(client.run(api.keep_only(prompt, [shown]))[shown])
+    pixels = np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))
+    edited = torch.from_numpy(pixels.copy()).movedim(-1, 0)[None] / 255
+    found = classifier.correct(classifier.load_classifier()(edited), scene("blue"))
+    assert {name: bool(right) for name, right in found.items()} == dict.fromkeys(found, True)
+    assert (edited - picture)[..., :3].abs().mean() < 0.03 and (edited - picture).abs().max() > 0.3
 
 
 def test_templates_are_offered(client):

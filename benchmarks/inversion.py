@@ -1,0 +1,155 @@
+"""From picture to noise and back: ``python run.py bench inversion [--samples N] [--steps N [N ...]]``.
+
+Inverts fresh pictures with CFG++ and with plain CFG at the weight that is worth as much on that schedule, and prints the PSNR of what
+sampling makes of the noise. Then samples it with another colour or another shape in the caption, and prints what the classifier finds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import comfy.samplers
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lodestar.benchmarks.effects.cells import SEED, Batch, decoded
+from lodestar.demo import classifier, models
+from lodestar.demo.shapes import ATTRIBUTES, SIZE, Scenes, captions, draw, random_scenes
+from lodestar.guiders.cfgpp import levels_of, mean_equivalent_cfg
+from lodestar.guiders.cfgpp_sampler import cfgpp_sampler
+from lodestar.guiders.inversion import FURTHEST, Inversion
+from lodestar.guiders.spaces import is_flow
+
+CFG, CFGPP = "CFG", "CFG++"
+LAMBDAS = (0.2, 0.4, 0.6, 0.8, 1.0)
+BORDER = 4  # pixels from the edge, where no shape reaches
+EDITED = {"colour": 1, "shape": 2}  # attribute and its place in Scenes.objects
+
+
+class CFGInversion(Inversion):
+    """Plain DDIM inversion under CFG, at the same points: one guided prediction for both parts of a step."""
+
+    def predictor(self, guider: Any, extra_args: dict[str, Any]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """D_w twice."""
+        both = super().predictor(guider, extra_args)
+        return lambda x, sigma: (both(x, sigma)[0],) * 2
+
+
+def schedule(model: str, steps: int) -> Tensor:
+    """The demo model's schedule, as inversion hands it on."""
+    sampling = _sampling(model)
+    sigmas = comfy.samplers.calculate_sigmas(sampling, models.SCHEDULERS[model], steps)
+    return sigmas.clamp(max=FURTHEST) if is_flow(sampling) else sigmas
+
+
+@cache
+def _sampling(model: str) -> Any:
+    return models.build(model, "weak").model_sampling
+
+
+def worth(model: str, steps: int) -> float:
+    """The mean equivalent cfg of lambda 1."""
+    return mean_equivalent_cfg(1.0, levels_of(schedule(model, steps).tolist(), is_flow(_sampling(model))))
+
+
+def originals(batch: Batch, *, model: str) -> Tensor:
+    """Fresh pictures [B, 3, H, W] of the batch's captions."""
+    return draw(batch.scenes, torch.Generator().manual_seed(batch.seed))
+
+
+def there_and_back(batch: Batch, *, model: str, method: str, lambda_: float, steps: int = 20, attribute: str | None = None) -> Tensor:
+    """The originals, inverted under their captions and sampled under the same, or under captions with another value of ``attribute``.
+
+    method: CFGPP, or CFG at the weight that lambda is worth.
+    """
+    patcher, clip, sigmas = batch.model(model), models.load_clip(), schedule(model, steps)
+    latent = originals(batch, model=model) * 2 - 1
+    target = batch.scenes if attribute is None else edited(batch.scenes, attribute)
+    source, wanted, nothing = (models.encode(clip, texts) for texts in (batch.captions, captions(target), [""] * len(latent)))
+    weight = lambda_ * worth(model, steps)
+    inversion, sampler = Inversion(lambda_), cfgpp_sampler("euler", lambda_)
+    if method == CFG:
+        inversion, sampler = CFGInversion(weight), comfy.samplers.sampler_object("euler")
+
+    def run(what: Any, latent: Tensor, positive: list) -> Tensor:
+        guider = comfy.samplers.CFGGuider(patcher)
+        guider.set_conds(positive, nothing)
+        guider.set_cfg(1.0 if method == CFGPP else weight)
+        return guider.sample(torch.zeros_like(latent), latent, what, sigmas, disable_pbar=True, seed=0)
+
+    return decoded(run(sampler, run(inversion, latent, source), wanted))
+
+
+def edited(scenes: Scenes, attribute: str) -> Scenes:
+    """The scenes with the next value of an attribute but one."""
+    objects, place = scenes.objects.clone(), EDITED[attribute]
+    objects[..., place] = (objects[..., place] + 2) % len(ATTRIBUTES[attribute])
+    return Scenes(objects, scenes.background, scenes.relation)
+
+
+def psnr(pictures: Tensor, reference: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each picture in dB: [B, 3, H, W] in [0, 1] -> [B]."""
+    return -10 * (pictures - reference).square().flatten(1).mean(1).clamp_min(1e-10).log10()
+
+
+def border(pictures: Tensor) -> Tensor:
+    """The pixels of the background near the edge, [B, 3, n]."""
+    edge = torch.ones(SIZE, SIZE, dtype=torch.bool)
+    edge[BORDER:-BORDER, BORDER:-BORDER] = False
+    return pictures[..., edge]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=64, metavar="N", help="pictures for each setting (default: 64)")
+    parser.add_argument("--steps", type=int, nargs="+", default=[20, 50], metavar="N", help="sampling steps (default: 20 50)")
+    parser.add_argument("--models", nargs="+", choices=models.MODELS, default=models.MODELS, help="which models (default: both)")
+    args = parser.parse_args(argv)
+    scenes = random_scenes(args.samples, torch.Generator().manual_seed(SEED), pairs=0.0)
+    batch = Batch(scenes, SEED)
+    runs = len(args.models) * (2 * len(LAMBDAS) * len(args.steps) + 2 * len(EDITED))
+    with torch.inference_mode(), tqdm(total=runs, unit="setting") as bar:
+        lines = [line for model in args.models for line in (*round_trips(batch, model, args.steps, bar), *edits(batch, model, bar))]
+    print("\n".join(lines))
+    return 0
+
+
+def round_trips(batch: Batch, model: str, steps: Sequence[int], bar: tqdm) -> list[str]:
+    """PSNR for each number of steps and lambda."""
+    pictures = originals(batch, model=model)
+    lines = [f"\n{model}: PSNR of the round trip, dB, mean of {len(pictures)} pictures; in brackets, the cfg", ""]
+    lines += [f"| steps | method |{''.join(f' {lambda_:g} |' for lambda_ in LAMBDAS)}", f"|---|---|{'---:|' * len(LAMBDAS)}"]
+    for count in steps:
+        for method in (CFGPP, CFG):
+            cells = []
+            for lambda_ in LAMBDAS:
+                found = psnr(there_and_back(batch, model=model, method=method, lambda_=lambda_, steps=count), pictures).mean()
+                cells.append(f"{found:.1f}" + (f" ({lambda_ * worth(model, count):.1f})" if method == CFG else ""))
+                bar.update()
+            lines.append(f"| {count} | {method} | {' | '.join(cells)} |")
+    return lines
+
+
+def edits(batch: Batch, model: str, bar: tqdm) -> list[str]:
+    """Shares of pictures with each attribute of the new caption, and PSNR of the background, at lambda 0.6 and 20 steps."""
+    net, pictures = classifier.load_classifier(), originals(batch, model=model)
+    lines = [f"\n{model}: edits with lambda 0.6 in 20 steps, share of pictures as the new caption has it", ""]
+    lines += [f"| changed | method | {' | '.join(ATTRIBUTES)} | all | background, dB |", f"|---|---|{'---:|' * 6}"]
+    for attribute in EDITED:
+        for method in (CFGPP, CFG):
+            made = there_and_back(batch, model=model, method=method, lambda_=0.6, attribute=attribute)
+            right = classifier.correct(net(made), edited(batch.scenes, attribute))
+            shares = " | ".join(f"{right[name].float().mean():.1%}" for name in (*ATTRIBUTES, "all"))
+            lines.append(f"| {attribute} | {method} | {shares} | {psnr(border(made), border(pictures)).mean():.1f} |")
+            bar.update()
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())
