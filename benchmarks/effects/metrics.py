@@ -6,7 +6,7 @@ A metric is a function of row numbers, so that the bootstrap can resample it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -127,32 +127,41 @@ class Real:
 
     fresh: as many as a cell has, for comparing set with set.
     many: REAL_PER_CAPTION times as many as there are captions, for what the data are.
+    captions: whether both show the captions of the cells, in their order.
     """
 
     fresh: Pictures
     many: Pictures
+    captions: bool
+    _moments: dict[bytes, Moments] = field(default_factory=dict)
 
     @classmethod
     def of_captions(cls, scenes: Scenes) -> Real:
         """Of the captions that the cells show."""
         captions = Scenes(*(part[::PER_CAPTION] for part in (scenes.objects, scenes.background, scenes.relation)))
-        return cls._drawn(scenes, repeated(captions, REAL_PER_CAPTION), torch.Generator().manual_seed(_SEED))
+        return cls._drawn(scenes, repeated(captions, REAL_PER_CAPTION), torch.Generator().manual_seed(_SEED), captions=True)
 
     @classmethod
     def of_everything(cls, samples: int) -> Real:
         """Of all that the models were trained on, for pictures without a prompt."""
         generator = torch.Generator().manual_seed(_SEED)
         many = samples // PER_CAPTION * REAL_PER_CAPTION
-        return cls._drawn(random_scenes(samples, generator), random_scenes(many, generator), generator)
+        return cls._drawn(random_scenes(samples, generator), random_scenes(many, generator), generator, captions=False)
 
     @classmethod
-    def _drawn(cls, fresh: Scenes, many: Scenes, generator: torch.Generator) -> Real:
-        return cls(Pictures(draw(fresh, generator), fresh), Pictures(draw(many, generator), many))
+    def _drawn(cls, fresh: Scenes, many: Scenes, generator: torch.Generator, captions: bool) -> Real:
+        return cls(Pictures(draw(fresh, generator), fresh), Pictures(draw(many, generator), many), captions)
 
-    @cached_property
-    def moments(self) -> Moments:
-        """Of the features of ``many``."""
-        return Moments.of(self.many.features)
+    def moments(self, rows: Rows) -> Moments:
+        """Of the features of ``many``; where these go by caption, of the captions that ``rows`` of a cell show."""
+        key = rows.tobytes() if self.captions else b""
+        if key not in self._moments:
+            features = self.many.features
+            if self.captions:
+                captions = rows[::PER_CAPTION, None] // PER_CAPTION
+                features = features[(captions * REAL_PER_CAPTION + np.arange(REAL_PER_CAPTION)).ravel()]
+            self._moments[key] = Moments.of(features)
+        return self._moments[key]
 
 
 @dataclass(frozen=True)
@@ -199,7 +208,7 @@ def _off(values: np.ndarray, real: np.ndarray) -> OfRows:
 
 
 def _frechet(made: Pictures, real: Real) -> OfRows:
-    return lambda rows: frechet_distance(made.features[rows], real.moments)
+    return lambda rows: frechet_distance(made.features[rows], real.moments(rows))
 
 
 def _recall(made: Pictures, real: Real) -> OfRows:
