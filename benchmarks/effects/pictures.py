@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 from einops import rearrange
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 from .cells import PER_CAPTION, Cell
@@ -37,7 +39,9 @@ def draw(method: Method, results: Results, path: Path) -> None:
                 axes.legend(fontsize=7)
     for row, cell in enumerate(method.strips, start=len(kinds)):
         strip(figure.add_subplot(grid[row, :]), cell, results.made(cell).pictures)
-    figure.savefig(path)
+    buffer = io.BytesIO()
+    figure.savefig(buffer)
+    Image.open(buffer).convert("RGB").quantize(128).save(path, optimize=True)
 
 
 def panel(axes: Axes, metric: Metric, curves: Sequence[Curve], results: Results) -> None:
