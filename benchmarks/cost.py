@@ -30,6 +30,7 @@ from lodestar.guiders.coefficients import Coefficients
 from lodestar.guiders.linear_ag import replaced_steps, shifted
 from lodestar.guiders.searched_policy import GuidancePolicy
 from lodestar.guiders.setting import Setting
+from lodestar.nodes.adaptive import LodestarAdaptiveGuidance
 from lodestar.nodes.apg import LodestarAPG
 from lodestar.nodes.autoguidance import LodestarAutoguidance
 from lodestar.nodes.guidance_policy import LodestarGuidancePolicy

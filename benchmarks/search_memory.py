@@ -32,12 +32,12 @@ SDXL = {
 
 
 class Live(TorchDispatchMode):
-    """Bytes of all storages made inside and still alive, and the most there have been."""
+    """Bytes of all storages made inside and still alive, and the most there have been; those of ``network`` do not count."""
 
-    def __init__(self) -> None:
+    def __init__(self, network: torch.nn.Module) -> None:
         super().__init__()
         self.bytes = self.peak = 0
-        self.known: set[int] = set()
+        self.known = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -91,7 +91,7 @@ def peak(size: int, batch: int, blocks: bool, gradients: bool = True) -> int:
     def evaluate(x: Tensor) -> Tensor:
         return network(x, torch.empty(2 * batch, device="meta"), transformer_options=dict(attention), **more)
 
-    with Live() as live, checkpointed(network) if blocks else contextlib.nullcontext(), torch.set_grad_enabled(gradients):
+    with Live(network) as live, checkpointed(network) if blocks else contextlib.nullcontext(), torch.set_grad_enabled(gradients):
         x = x.clone().requires_grad_(gradients)
         result = once_more(evaluate, x) if gradients else evaluate(x)
         if gradients:
