@@ -24,7 +24,7 @@ from ..metrics import ACCURACY, FRECHET, similarity_to
 from . import Curve, Method, cfg
 
 SCALE, STEPS, NFE = 4.0, 20, 25
-TRAJECTORIES, TOGETHER, SEED = 200, 20, 1000
+TRAJECTORIES, TOGETHER, SEED = 100, 20, 1000
 AG_THRESHOLD = 0.991  # about NFE evaluations with both models: see benchmarks/gamma.py
 
 
