@@ -30,7 +30,11 @@ AG_THRESHOLD = 0.991  # about NFE evaluations with both models: see benchmarks/g
 
 def linear(batch: Batch, *, model: str, cfg: float, steps: int) -> Tensor:
     """Pictures [B, 3, H, W] in [0, 1] by KSampler with LinearAG, fitted on other captions and other noise."""
-    patcher = LodestarLinearAG.execute(batch.model(model), coefficients(model, cfg, steps)).result[0]
+    return with_model(batch, LodestarLinearAG.execute(batch.model(model), coefficients(model, cfg, steps)).result[0], model, cfg, steps)
+
+
+def with_model(batch: Batch, patcher: Any, model: str, cfg: float, steps: int) -> Tensor:
+    """Pictures [B, 3, H, W] in [0, 1] by KSampler with a guided MODEL."""
     clip, noise = models.load_clip(), batch.noise()
     conds = models.encode(clip, batch.captions), models.encode(clip, [""] * len(noise))
     schedule = models.SCHEDULERS[model]
@@ -43,18 +47,24 @@ def linear(batch: Batch, *, model: str, cfg: float, steps: int) -> Tensor:
 @cache
 def coefficients(model: str, cfg: float, steps: int) -> Coefficients:
     """The fit, once for all batches."""
+    return fit(runs_to_learn_from(model, cfg, steps, TRAJECTORIES // TOGETHER, TOGETHER), TRAJECTORIES)
+
+
+def runs_to_learn_from(model: str, cfg: float, steps: int, number: int, together: int) -> Runs:
+    """Runs of Euler on random captions, ``together`` at a time."""
     patcher, clip = models.load_model(model, "main"), models.load_clip()
     generator = torch.Generator().manual_seed(SEED)
-    prompts: list[Any] = [
-        models.encode(clip, captions(random_scenes(TOGETHER, generator, pairs=0.0))) for _ in range(TRAJECTORIES // TOGETHER)
-    ]
-    sigmas = comfy.samplers.calculate_sigmas(patcher.get_model_object("model_sampling"), models.SCHEDULERS[model], steps)
-    runs = Runs(
-        name="LinearAG: fit", model=patcher, positive=prompts, negative=models.encode(clip, [""]),
-        latent={"samples": torch.zeros(TOGETHER, 3, SIZE, SIZE)}, sampler=comfy.samplers.sampler_object("euler"), sigmas=sigmas,
-        cfg=cfg, seed=SEED,
-    )  # fmt: skip
-    return fit(runs, TRAJECTORIES)
+    return Runs(
+        name="effects",
+        model=patcher,
+        positive=[models.encode(clip, captions(random_scenes(together, generator, pairs=0.0))) for _ in range(number)],
+        negative=models.encode(clip, [""]),
+        latent={"samples": torch.zeros(together, 3, SIZE, SIZE)},
+        sampler=comfy.samplers.sampler_object("euler"),
+        sigmas=comfy.samplers.calculate_sigmas(patcher.get_model_object("model_sampling"), models.SCHEDULERS[model], steps),
+        cfg=cfg,
+        seed=SEED,
+    )
 
 
 def ours(model: str) -> Cell:
