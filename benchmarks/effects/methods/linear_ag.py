@@ -1,0 +1,117 @@
+"""LinearAG: nearly the CFG picture for 25 of 40 evaluations (Castillo et al. 2025, arXiv 2312.12487, section 5)."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import comfy.sample
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from lodestar.demo import models
+from lodestar.demo.models import MODELS
+from lodestar.demo.shapes import SIZE, captions, random_scenes
+from lodestar.guiders.coefficients import Coefficients
+from lodestar.guiders.linear_ag_fit import fit
+from lodestar.guiders.trajectories import Runs
+from lodestar.nodes.linear_ag import LodestarLinearAG
+
+from ..cells import Batch, Cell, decoded, guided, node
+from ..claims import Claim, Results
+from ..metrics import ACCURACY, FRECHET, similarity_to
+from . import Curve, Method, cfg
+
+SCALE, STEPS, NFE = 4.0, 20, 25
+TRAJECTORIES, TOGETHER, SEED = 100, 20, 1000
+AG_THRESHOLD = 0.991  # about NFE evaluations with both models: see benchmarks/gamma.py
+
+
+def linear(batch: Batch, *, model: str, cfg: float, steps: int) -> Tensor:
+    """Pictures [B, 3, H, W] in [0, 1] by KSampler with LinearAG, fitted on other captions and other noise."""
+    return with_model(batch, LodestarLinearAG.execute(batch.model(model), coefficients(model, cfg, steps)).result[0], model, cfg, steps)
+
+
+def with_model(batch: Batch, patcher: Any, model: str, cfg: float, steps: int) -> Tensor:
+    """Pictures [B, 3, H, W] in [0, 1] by KSampler with a guided MODEL."""
+    clip, noise = models.load_clip(), batch.noise()
+    conds = models.encode(clip, batch.captions), models.encode(clip, [""] * len(noise))
+    schedule = models.SCHEDULERS[model]
+    latent = comfy.sample.sample(
+        patcher, noise, steps, cfg, "euler", schedule, *conds, torch.zeros_like(noise), disable_pbar=True, seed=batch.seed
+    )
+    return decoded(latent)
+
+
+@cache
+def coefficients(model: str, cfg: float, steps: int) -> Coefficients:
+    """The fit, once for all batches."""
+    return fit(runs_to_learn_from(model, cfg, steps, TRAJECTORIES // TOGETHER, TOGETHER), TRAJECTORIES)
+
+
+def runs_to_learn_from(model: str, cfg: float, steps: int, number: int, together: int) -> Runs:
+    """Runs of Euler on random captions, ``together`` at a time."""
+    patcher, clip = models.load_model(model, "main"), models.load_clip()
+    generator = torch.Generator().manual_seed(SEED)
+    return Runs(
+        name="effects",
+        model=patcher,
+        positive=[models.encode(clip, captions(random_scenes(together, generator, pairs=0.0))) for _ in range(number)],
+        negative=models.encode(clip, [""]),
+        latent={"samples": torch.zeros(together, 3, SIZE, SIZE)},
+        sampler=comfy.samplers.sampler_object("euler"),
+        sigmas=comfy.samplers.calculate_sigmas(patcher.get_model_object("model_sampling"), models.SCHEDULERS[model], steps),
+        cfg=cfg,
+        seed=SEED,
+    )
+
+
+def ours(model: str) -> Cell:
+    """LinearAG."""
+    return Cell("LinearAG", linear, (("model", model), ("cfg", SCALE), ("steps", STEPS)))
+
+
+def adaptive(model: str) -> Cell:
+    """AG with as many evaluations."""
+    return guided(model, f"AG {AG_THRESHOLD:g}", SCALE, node("LodestarAdaptiveGuidance", threshold=AG_THRESHOLD))
+
+
+def fewer_steps(model: str) -> Cell:
+    """CFG in all of fewer steps, with one evaluation more."""
+    return guided(model, f"CFG, {NFE // 2 + 1} steps", SCALE, steps=NFE // 2 + 1)
+
+
+def step_ag(model: str) -> Cell:
+    """CFG in the first steps alone."""
+    first = NFE - STEPS
+    interval = node("LodestarGuidanceInterval", end_percent=(first - 0.5) / (STEPS - 0.5))
+    return guided(model, f"CFG in the first {first} steps", SCALE, interval)
+
+
+def claims(results: Results) -> list[Claim]:
+    """LinearAG against the other ways to spend as much, and against CFG."""
+    rows = []
+    for model in MODELS:
+        plain = cfg(model, SCALE)
+        ssim = similarity_to(results.pictures(plain), f"{STEPS} steps of CFG")
+        for other in (fewer_steps(model), step_ag(model), adaptive(model)):
+            nfe = " against ".join(f"{results.made(cell).nfe:.1f}" for cell in (ours(model), other))
+            rows.append(Claim(f"closer to the CFG picture than {other.label} ({nfe} NFE)", ours(model), other, ssim))
+        rows.append(Claim("captions are followed as well as by CFG", ours(model), plain, ACCURACY, 0.02))
+    return rows
+
+
+def cells(model: str) -> tuple[Cell, ...]:
+    """What is compared, in the order of the axis."""
+    return cfg(model, SCALE), ours(model), adaptive(model), step_ag(model), fewer_steps(model)
+
+
+METHOD = Method(
+    title="LinearAG: apply",
+    axis="CFG, LinearAG, AG, Step AG, CFG in fewer steps",
+    claims=claims,
+    curves=tuple(Curve(f"{NFE} NFE", model, tuple(enumerate(cells(model)))) for model in MODELS),
+    strips=tuple(cell for model in MODELS for cell in cells(model)),
+    panels=(ACCURACY, FRECHET),
+)
