@@ -11,7 +11,7 @@ from torch import Tensor
 from .plan import Choice, Policy, Rows
 from .run import COSINE, RunLog, Step, Switch
 from .samplers import reads_uncond
-from .spaces import Layout, cosine_per_sample, to_noise, to_velocity
+from .spaces import Layout, beside, cosine_per_sample, to_noise, to_velocity
 
 Space = Literal["denoised", "noise", "velocity"]
 SPACES: tuple[Space, ...] = ("denoised", "noise", "velocity")
@@ -74,7 +74,7 @@ class AdaptiveGuidance(Policy):
         memory = step.memory
         values = gamma(*(in_space(self.space, denoised, x, sigma, step.flow) for denoised in (cond, uncond)), step.layout)
         left = memory.get("open", True)
-        step.record(self.curve, values if left is True else values[[i for i, is_open in enumerate(left) if is_open]])
+        step.record(self.curve, values if left is True else values[beside(values, [i for i, is_open in enumerate(left) if is_open])])
         since = memory.get("since", torch.full(values.shape, -1, device=values.device))
         same = self.switch == "same_step"
         memory["since"] = torch.where((since < 0) & (values >= self.threshold), step.index + (not same), since)

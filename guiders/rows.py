@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .plan import Rows
 from .run import KEY, RUN, Run
+from .spaces import beside
 
 _OPTIONS_PLACE = 3  # of transformer_options among apply_model's arguments after x and t
 _LABELS = "lodestar_labels"  # the lanes of the batch, where cond_or_uncond says what they would be without us
@@ -53,7 +54,7 @@ def apply_model(executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) 
         batch = len(x) // chunks
         places = [batch * member + row for member in members for row in rows]
         run.count(len(places), len(places) / batch)
-        take = _Selection(len(x), torch.tensor(places, device=x.device))
+        take = _Selection(len(x), beside(x, places))
         named = {name: value if name in constant else take(value) for name, value in kwargs.items()}
         part = call(take(x), take(t), _narrowed(options, members, rows, batch), tuple(take(arg) for arg in args), named)
         out = part.new_zeros(len(x), *part.shape[1:]) if out is None else out
@@ -113,7 +114,7 @@ def _narrowed(options: dict[str, Any], members: list[int], rows: list[int], batc
         uuids = [options["uuids"][i] for i in members]
         narrow["uuids"] = uuids if len(rows) == batch else [uuid.uuid5(name, tag) for name in uuids]
     if isinstance(options.get("sigmas"), Tensor) and len(options["sigmas"]) == batch:
-        narrow["sigmas"] = options["sigmas"][rows]
+        narrow["sigmas"] = options["sigmas"][beside(options["sigmas"], rows)]
     return narrow
 
 
@@ -136,5 +137,5 @@ def replace_rows(prediction: Tensor, rows: Rows, others: Tensor) -> Tensor:
         return prediction
     if rows is False:
         return others.clone()
-    mask = torch.tensor(rows, device=prediction.device).reshape(-1, *[1] * (prediction.ndim - 1))
+    mask = beside(prediction, rows).reshape(-1, *[1] * (prediction.ndim - 1))
     return torch.where(mask, prediction, others)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .branches import Branch
 from .plan import Choice, GuidancePlan, Policy, Rows, Shaper, Term
-from .spaces import Layout, cosine_per_sample, is_flow, norm_per_sample, window
+from .spaces import Layout, beside, cosine_per_sample, is_flow, norm_per_sample, window
 
 KEY = "lodestar"  # of our wrappers and additional models
 RUN = "lodestar_run"
@@ -216,7 +216,7 @@ class Run:
         """Curves of the sampler's own predictions, where both were evaluated."""
         if cond is not None and uncond is not None and self.first:
             if isinstance(self.choice.uncond, tuple):
-                rows = [i for i, guided in enumerate(self.choice.uncond) if guided]
+                rows = beside(cond, [i for i, guided in enumerate(self.choice.uncond) if guided])
                 cond, uncond = cond[rows], uncond[rows]
             self.record("CFG update", norm_per_sample(cond - uncond, self.layout) / norm_per_sample(cond, self.layout))
             self.record(COSINE, cosine_per_sample(cond, uncond, self.layout))

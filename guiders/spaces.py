@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +80,11 @@ class Layout:
     def join(self, parts: list[Tensor], like: Tensor) -> Tensor:
         """Undo ``split``: parts [B, n] back to the shape and dtype of ``like``."""
         return torch.cat(parts, dim=1).to(like.dtype).reshape(like.shape)
+
+
+def beside(x: Tensor, values: Sequence[int] | Sequence[bool]) -> Tensor:
+    """A short list as a tensor on the device of x; a GPU is not waited for, as ``torch.tensor(values, device=...)`` would."""
+    return torch.tensor(values).to(x.device, non_blocking=x.device.type == "cuda")
 
 
 def precise(x: Tensor) -> Tensor:
