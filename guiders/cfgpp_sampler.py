@@ -71,7 +71,7 @@ def sample_cfgpp(
     return solve(predict, x, Walk(sigmas, levels, steps, split, noise, history))
 
 
-sample_cfgpp.reads_uncond = True  # see samplers.py
+sample_cfgpp.reads_uncond = SAMPLER  # see samplers.py
 
 
 class Predictor:

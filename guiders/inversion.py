@@ -75,7 +75,7 @@ def _input_scale(model_sampling: Any, sigma: Tensor) -> Tensor:
 class Inversion(comfy.samplers.Sampler):
     """The way from the last level of a schedule up to its first, as something that the host's guiders can run."""
 
-    reads_uncond = True  # see samplers.py
+    reads_uncond = INVERSION  # see samplers.py
 
     def __init__(self, lambda_: float) -> None:
         self.lambda_ = lambda_

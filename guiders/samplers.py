@@ -9,11 +9,11 @@ from typing import Any
 def reads_uncond(sampler: Any) -> str | None:
     """The name of a sampler whose steps use the unconditional prediction itself (CFG++); None for all others.
 
-    The host's, and other packs', have ``cfg_pp`` in their names. A sampler function of this pack says so by an attribute ``reads_uncond``.
+    The host's, and other packs', have ``cfg_pp`` in their names. One of this pack, or its function, has the node's name in ``reads_uncond``.
     """
     function = getattr(sampler, "sampler_function", sampler)
     while isinstance(function, partial):
         function = function.func
     name = getattr(function, "__name__", type(function).__name__)
-    reads = getattr(function, "reads_uncond", False) or "cfg_pp" in name or "cfgpp" in name.lower()
-    return name.removeprefix("sample_") if reads else None
+    known = name.removeprefix("sample_") if "cfg_pp" in name or "cfgpp" in name.lower() else None
+    return getattr(function, "reads_uncond", known)

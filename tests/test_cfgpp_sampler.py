@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,12 @@ import tools
 import torch
 from tools import close, comfy, cond, counted, custom, empty_latent, guided, log_of, pag, perpneg, tiny
 
+from lodestar.guiders.adaptive import AdaptiveGuidance
 from lodestar.guiders.apg import APG
-from lodestar.guiders.cfgpp import SOLVERS, equivalent_cfg, levels_of
+from lodestar.guiders.cfgpp import SOLVERS, equivalent_cfg, levels_of, mean_equivalent_cfg
 from lodestar.guiders.cfgpp_sampler import CURVE
 from lodestar.guiders.interval import GuidanceInterval
+from lodestar.guiders.inversion import Inversion
 from lodestar.guiders.plan import plan_of
 from lodestar.guiders.samplers import reads_uncond
 from lodestar.nodes.cfgpp import LodestarCFGPP
@@ -93,7 +96,9 @@ def test_the_guiders_cfg_does_not_matter_and_is_noticed(lambda_, caplog):
         assert "is not used" not in caplog.text
         assert run(model, sampler(lambda_=lambda_), cfg=7.5).equal(plain)
     assert "CFG++ Sampler: the guider's cfg 7.5 is not used." in caplog.text
-    assert f"CFG++ Sampler: lambda_ {lambda_:g} is worth cfg {1.57 * lambda_:.3g} on this schedule" in caplog.text
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", 6).tolist()
+    worth = mean_equivalent_cfg(lambda_, levels_of(sigmas, flow=False))
+    assert f"CFG++ Sampler: lambda_ {lambda_:g} is worth cfg {worth:.3g} on this schedule" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["unet", "mmdit"])
@@ -246,7 +251,8 @@ def test_the_report_has_the_equivalent_weights(name):
 
 
 def test_others_can_tell_that_it_reads_the_unconditional_prediction():
-    assert reads_uncond(sampler()) and not reads_uncond(host("euler"))
+    assert reads_uncond(sampler()) == "CFG++ Sampler" and reads_uncond(Inversion(0.6)) == "CFG++ Inversion"
+    assert reads_uncond(host("euler")) is None and reads_uncond(host("euler_cfg_pp")) == "euler_cfg_pp"
 
 
 # --- refused before anything is evaluated ----------------------------------------------------------------------------
@@ -279,6 +285,15 @@ def test_apg_is_refused_with_the_reason():
     assert rows == []
     neutral = guided(tiny("unet"), APG(eta=1.0, norm_threshold=0.0, momentum=0.0))
     assert run(neutral, sampler()).equal(run(tiny("unet"), sampler())) and plan_of(neutral.model_options).rules
+
+
+@pytest.mark.parametrize("solver", [sampler(), Inversion(0.6)], ids=["sampler", "inversion"])
+def test_rules_that_drop_the_unconditional_prediction_are_refused(solver):
+    model = guided(tiny("unet"), AdaptiveGuidance())
+    message = rf"^Adaptive Guidance \(AG\) cannot work with the sampler {re.escape(reads_uncond(solver))}: "
+    with counted(model) as rows, pytest.raises(ValueError, match=message):
+        run(model, solver)
+    assert rows == []
 
 
 @pytest.mark.parametrize("value", [-0.1, 2.5, 7.5])

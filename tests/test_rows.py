@@ -357,5 +357,5 @@ def test_samplers_that_read_uncond():
         pass
 
     assert reads_uncond(partial(ours)) is None
-    ours.reads_uncond = True
-    assert reads_uncond(partial(ours)) == "ours"
+    ours.reads_uncond = "A Node"
+    assert reads_uncond(partial(ours)) == "A Node"
