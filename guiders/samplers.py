@@ -9,7 +9,7 @@ from typing import Any
 def reads_uncond(sampler: Any) -> str | None:
     """The name of a sampler whose steps use the unconditional prediction itself (CFG++); None for all others.
 
-    The host's, and other packs', have ``cfg_pp`` in their names. One of this pack, or its function, has the node's name in ``reads_uncond``.
+    The host's and other packs' have ``cfg_pp`` in their names. One of this pack, or its function, has its name in ``reads_uncond``.
     """
     function = getattr(sampler, "sampler_function", sampler)
     while isinstance(function, partial):
