@@ -65,6 +65,7 @@ class Step:
     first: whether this is the first evaluation of the step.
     covered: whether the step starts inside the rule's window.
     record: keeps a curve's values, one for each row, for this step.
+    cfg: the sampler's w in this evaluation.
     """
 
     index: int
@@ -74,6 +75,7 @@ class Step:
     covered: bool = True
     record: Callable[[str, Tensor], None] = lambda label, values: None
     memory: dict[str, Any] = field(default_factory=dict)
+    cfg: float = 1.0
 
 
 class Run:
@@ -101,6 +103,7 @@ class Run:
         self.cond: Tensor | None = None
         self.others: dict[Branch, Tensor] = {}
         self.shaped: Tensor | None = None
+        self.cfg = 1.0
         self.weak: dict[Any, Any] = {}
         self.log = RunLog(steps=len(self.sigmas) - 1, batch=shape[0], sigmas=self.sigmas)
         self._curves: dict[str, dict[int, Tensor]] = {}
@@ -187,7 +190,7 @@ class Run:
     def step(self, index: int) -> Step:
         """The current step as rule number ``index`` sees it."""
         memory = self.memories.setdefault(index, {})
-        return Step(self.index, self.sigmas[self.index], self.first, self.layout, self.covers(index), self.record, memory)
+        return Step(self.index, self.sigmas[self.index], self.first, self.layout, self.covers(index), self.record, memory, self.cfg)
 
     def count(self, rows: int, chunks: float) -> None:
         """One model call of ``rows`` rows that holds ``chunks`` branches, or parts of them."""
