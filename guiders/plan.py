@@ -45,7 +45,7 @@ class Rule(ABC):
 class Shaper(Rule):
     """Reshapes the CFG update."""
 
-    def check(self, shape: Sequence[int]) -> None:  # noqa: B027 - most shapers take any latent
+    def check(self, shape: Sequence[int]) -> None:
         """Raise ValueError before sampling starts if the rule cannot work on latents of this shape."""
 
     @abstractmethod

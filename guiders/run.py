@@ -234,6 +234,18 @@ def last_log(plan: GuidancePlan) -> RunLog | None:
     return _LOGS.get(plan)
 
 
+def publish(plan: GuidancePlan, logs: Sequence[RunLog]) -> None:
+    """Publish several runs in a row as one log under a plan."""
+    whole = RunLog(batch=logs[0].batch)
+    for log in logs:
+        for label, points in log.curves.items():
+            whole.curves.setdefault(label, {}).update({whole.steps + step: value for step, value in points.items()})
+        whole.sigmas = [*whole.sigmas[: whole.steps], *log.sigmas]
+        for name in ("steps", "calls", "rows", "nfe", "seconds"):
+            setattr(whole, name, getattr(whole, name) + getattr(log, name))
+    _LOGS[plan] = whole
+
+
 _LOOPS = (("i", "sigmas"), ("step_index", "timesteps"))  # k-diffusion, UniPC
 
 

@@ -7,6 +7,8 @@ from comfy_api.latest import ComfyExtension, io
 from .apg import LodestarAPG
 from .autoguidance import LodestarAutoguidance
 from .demo_model import LodestarDemoModel
+from .frecas import LodestarFreCaS, LodestarStageTransition
+from .frequency import LodestarFrequencyGuidance
 from .interval import LodestarGuidanceInterval
 from .pag import LodestarPAG
 from .report import LodestarReport
@@ -17,4 +19,14 @@ class Lodestar(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All node classes."""
-        return [LodestarAPG, LodestarPAG, LodestarAutoguidance, LodestarGuidanceInterval, LodestarReport, LodestarDemoModel]
+        return [
+            LodestarAPG,
+            LodestarPAG,
+            LodestarAutoguidance,
+            LodestarGuidanceInterval,
+            LodestarFrequencyGuidance,
+            LodestarFreCaS,
+            LodestarStageTransition,
+            LodestarReport,
+            LodestarDemoModel,
+        ]
