@@ -60,7 +60,8 @@ def stage_sigmas(model_sampling: Any, scheduler: str, steps: int, start: float |
         last = _place(curve, end)
     else:
         last = len(curve) - 1
-        gap = (last - _place(curve, float(_positive(whole)[-1]))) * steps / last  # what this scheduler leaves free before 0, in spacings
+        lowest = _place(curve, float(_positive(whole)[-1])) if steps > 1 else 0.0  # not all schedulers know one step
+        gap = (last - lowest) * steps / last  # what this scheduler leaves free before 0, in spacings
         last -= gap * (last - first) / steps
     levels = np.exp(np.interp(np.linspace(first, last, steps), np.arange(len(curve)), np.log(curve)))
     levels[0] = levels[0] if start is None else start

@@ -51,11 +51,11 @@ _NATIVE = {"SD20": 512, "SD15": 512}  # by class name in the host; all other mod
 
 def native_size(model: Any) -> int:
     """The side in pixels of the square pictures that a ModelPatcher's model was trained on."""
-    config = model.model.model_config
-    family = next((cls.__name__ for cls in type(config).__mro__ if cls.__name__ in _NATIVE), None)
+    config = type(model.model.model_config)
+    family = next((cls.__name__ for cls in config.__mro__ if cls.__name__ in _NATIVE), None)
     if family == "SD20" and model.model.model_type.name == "V_PREDICTION":
-        return getattr(config, "native_size", 768)
-    return getattr(config, "native_size", _NATIVE.get(family, 1024))
+        return 768
+    return getattr(config, "native_size", None) or _NATIVE.get(family, 1024)
 
 
 def preset_of(model: Any, count: int) -> Preset:
