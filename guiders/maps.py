@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from comfy.patcher_extension import WrappersMP
 from einops import rearrange
 from torch import Tensor
 
@@ -24,7 +23,7 @@ from .attention import ordinary_attention
 from .branches import lane_uuid
 from .layers import cross_attention_blocks
 from .plan import plan_of
-from .run import run_of
+from .run import RUN
 
 KEY = "lodestar maps"
 _LOGITS = 2**27  # computed at once
@@ -115,6 +114,8 @@ def with_maps(model: Any, weight: float, use: Maps | None, collect: Maps | None)
     blocks = cross_attention_blocks(model.get_model_object("diffusion_model"))
     if weight == 0 or not blocks or (use is None and collect is None):
         return model
+    from comfy.patcher_extension import WrappersMP  # here, so that the maths above needs no host
+
     reuse = _Reuse(weight, use, collect, blocks)
     clone = model.clone()
     clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, reuse.outer_sample)
@@ -151,7 +152,7 @@ class _Reuse:
     def apply_model(self, executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """One forward pass, with cross-attention replaced where maps are mixed or collected."""
         options = kwargs["transformer_options"] if "transformer_options" in kwargs else args[_OPTIONS_PLACE]
-        run = run_of(options)
+        run = options.get(RUN)
         last = run is not None and run.first and run.index == len(run.sigmas) - 2
         if run is None or (self.use is None and not last):
             return executor(x, t, *args, **kwargs)
