@@ -23,7 +23,7 @@ from .attention import ordinary_attention
 from .branches import lane_uuid
 from .layers import cross_attention_blocks
 from .plan import plan_of
-from .run import RUN
+from .run import NARROWED, OPTIONS_PLACE, RUN
 
 KEY = "lodestar maps"
 _LOGITS = 2**27  # computed at once
@@ -151,29 +151,31 @@ class _Reuse:
 
     def apply_model(self, executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """One forward pass, with cross-attention replaced where maps are mixed or collected."""
-        options = kwargs["transformer_options"] if "transformer_options" in kwargs else args[_OPTIONS_PLACE]
+        options = kwargs["transformer_options"] if "transformer_options" in kwargs else args[OPTIONS_PLACE]
         run = options.get(RUN)
         last = run is not None and run.first and run.index == len(run.sigmas) - 2
         if run is None or (self.use is None and not last):
             return executor(x, t, *args, **kwargs)
-        labels, entries = options["cond_or_uncond"], options["uuids"]
-        keys = [(label, self.keys.get(entry)) for label, entry in zip(labels, entries, strict=True)]
-        collect = [last and self.collect is not None and entry in self.own for entry in entries]
+        rows, entries = options.get(NARROWED, (None, options["uuids"]))
+        keys = [(label, self.keys.get(entry)) for label, entry in zip(options["cond_or_uncond"], entries, strict=True)]
+        collect = [last and self.collect is not None and entry in self.own and rows is None for entry in entries]
         replaced = {kind: dict(of_kind) for kind, of_kind in options.get("patches_replace", {}).items()}
         attn2 = replaced.setdefault("attn2", {})
         for block in self.blocks:
-            attn2[block] = _MixedAttention(self, attn2.get(block, attn2.get(block[:2])), keys, collect)
+            attn2[block] = _MixedAttention(self, attn2.get(block, attn2.get(block[:2])), keys, collect, rows)
         options = options | {"patches_replace": replaced}
         if "transformer_options" in kwargs:
             return executor(x, t, *args, **kwargs | {"transformer_options": options})
-        return executor(x, t, *args[:_OPTIONS_PLACE], options, *args[_OPTIONS_PLACE + 1 :], **kwargs)
+        return executor(x, t, *args[:OPTIONS_PLACE], options, *args[OPTIONS_PLACE + 1 :], **kwargs)
 
 
 class _MixedAttention:
     """attn2 of one layer in one forward pass."""
 
-    def __init__(self, reuse: _Reuse, previous: Callable | None, keys: Sequence[Hashable], collect: Sequence[bool]) -> None:
-        self.reuse, self.previous, self.keys, self.collect = reuse, previous, keys, collect
+    def __init__(
+        self, reuse: _Reuse, previous: Callable | None, keys: Sequence[Hashable], collect: Sequence[bool], rows: Sequence[int] | None
+    ) -> None:
+        self.reuse, self.previous, self.keys, self.collect, self.rows = reuse, previous, keys, collect, rows
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
         """q [B, N, H*d], k and v [B, T, H*d] -> [B, N, H*d]."""
@@ -187,11 +189,10 @@ class _MixedAttention:
         w, use = self.reuse.weight, self.reuse.use
         values = v.chunk(chunks)
         maps = [use and use.at(key, size, v.shape[1], v_i) for key, v_i in zip(self.keys, values, strict=True)]
+        if self.rows is not None:
+            maps = [grid if grid is None else grid[self.rows] for grid in maps]
         if w == 1 and all(grid is not None for grid in maps):
             return torch.cat([grid @ v_i for grid, v_i in zip(maps, values, strict=True)])
         out = ordinary_attention(self.previous, q, k, v, extra_options)
         mixed = [x if m is None else (1 - w) * x + w * (m @ v_i) for x, m, v_i in zip(out.chunk(chunks), maps, values, strict=True)]
         return torch.cat(mixed) if use else out
-
-
-_OPTIONS_PLACE = 3  # of transformer_options among apply_model's arguments after x and t

@@ -22,6 +22,8 @@ from .spaces import Layout, cosine_per_sample, norm_per_sample, window
 
 KEY = "lodestar"  # of our wrappers and additional models
 RUN = "lodestar_run"
+NARROWED = "lodestar_narrowed"  # in a call of fewer rows: which rows of its chunks, and the chunks' uuids in a full call
+OPTIONS_PLACE = 3  # of transformer_options among apply_model's arguments after x and t
 _LOGS: WeakKeyDictionary[GuidancePlan, RunLog] = WeakKeyDictionary()
 
 

@@ -89,7 +89,7 @@ def test_maps_are_kept_apart_and_cleared():
 
 def mixed(weight, use=None, collect=None, previous=None, q=None, k=None, v=None, keys=("a",), heads=2):
     """One layer's attention with maps."""
-    attention = maps._MixedAttention(maps._Reuse(weight, use, collect, []), previous, keys, [collect is not None] * len(keys))
+    attention = maps._MixedAttention(maps._Reuse(weight, use, collect, []), previous, keys, [collect is not None] * len(keys), None)
     return attention(q, k, v, {"activations_shape": [len(q), 8, 3, 4], "n_heads": heads, "attn_precision": None})
 
 

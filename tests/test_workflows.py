@@ -19,6 +19,9 @@ NODES = (
     "LodestarPAG",
     "LodestarAutoguidance",
     "LodestarGuidanceInterval",
+    "LodestarFrequencyGuidance",
+    "LodestarFreCaS",
+    "LodestarStageTransition",
     "LodestarReport",
     "LodestarDemoModel",
 )
