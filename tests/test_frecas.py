@@ -58,12 +58,12 @@ def sample(model, stages: str, positive=None, negative=None, seed=1, latent=None
 
 def predicted(model, x: Tensor, sigma: Tensor, cfg: float) -> Tensor:
     """The host's D at x [B, C, H, W], as the model scales it: one Euler step to 0 without our engine."""
-    sampling = model.get_model_object("model_sampling")
-    latent = model.model.process_latent_out(sampling.inverse_noise_scaling(sigma, x))
+    flow = isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.CONST)
+    noise, latent = (x / sigma, x * 0) if flow else (x * 0, model.model.process_latent_out(x))
     sampler = comfy.samplers.sampler_object("euler")
     with torch.inference_mode():
         out = comfy.sample.sample_custom(
-            model, latent * 0, cfg, sampler, torch.stack([sigma, sigma * 0]), cond(1), cond(2), latent, disable_pbar=True, seed=1
+            model, noise, cfg, sampler, torch.stack([sigma, sigma * 0]), cond(1), cond(2), latent, disable_pbar=True, seed=1
         )
     return model.model.process_latent_in(out).double()
 
