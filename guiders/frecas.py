@@ -93,9 +93,7 @@ class Cascade:
 
     def schedules(self) -> list[Tensor]:
         """The levels of every stage; ValueError if they do not fit together."""
-        first = self.stages[0]
-        sampling = self.model.get_model_object("model_sampling")
-        schedules = [stage_sigmas(sampling, self.scheduler, first.steps, end=first.end)]
+        schedules = [first_sigmas(self.model, self.scheduler, self.stages[0])]
         gamma = preset_of(self.model, len(self.stages)).gamma if self.gamma < 0 else self.gamma
         for small, large in pairwise(self.stages):
             schedules.append(next_sigmas(self.model, self.scheduler, schedules[-1], ratio(small, large), gamma, large))
@@ -111,6 +109,16 @@ class Cascade:
             model = attach(model, FrequencyGuidance(low_scale=self.cfg, high_scale=self.high_scale, **size))
         collect = maps[index] if index < len(self.stages) - 1 else None
         return with_maps(model, self.map_weight, use=maps[index - 1] if index else None, collect=collect)
+
+
+def first_sigmas(model: Any, scheduler: str, stage: Stage) -> Tensor:
+    """The levels of a first stage."""
+    sampling = model.get_model_object("model_sampling")
+    if stage.end >= float(sampling.sigma_max):
+        raise ValueError(
+            f"{NAME}: the first stage cannot end at {stage.end:.4g}; the model's highest noise level is {float(sampling.sigma_max):.4g}."
+        )
+    return stage_sigmas(sampling, scheduler, stage.steps, end=stage.end)
 
 
 def next_sigmas(model: Any, scheduler: str, before: Tensor, rho: float, gamma: float, stage: Stage) -> Tensor:
@@ -134,8 +142,7 @@ def next_sigmas(model: Any, scheduler: str, before: Tensor, rho: float, gamma: f
 def begin(model: Any, vae: Any, stage: Stage, scheduler: str, seed: int, batch: int) -> tuple[dict[str, Tensor], Tensor, int]:
     """What a sampler needs for a first stage: an empty LATENT, the levels, and the seed of the noise it shall add."""
     check_size(stage.width, stage.height, size_multiple(model, vae.spacial_compression_encode()))
-    sigmas = stage_sigmas(model.get_model_object("model_sampling"), scheduler, stage.steps, end=stage.end)
-    return {"samples": empty_latent(model, vae, stage, batch)}, sigmas, stage_seed(seed, 0)
+    return {"samples": empty_latent(model, vae, stage, batch)}, first_sigmas(model, scheduler, stage), stage_seed(seed, 0)
 
 
 def transition(

@@ -490,6 +490,7 @@ def test_the_authors_gamma():
     [
         ({"stages": "16x16: 4 steps, end 14; 32x32: 2 steps"}, r"ends at 14, which gamma 1\.5 shifts to 23\.55, not below the model's"),
         ({"stages": "16x16: 4 steps, end 0.5; 32x32: 2 steps, end 3; 64x64: 2 steps"}, r"32x32 begins at 0\.8409 and cannot end at 3"),
+        ({"stages": "16x16: 4 steps, end 20; 32x32: 2 steps"}, r"first stage cannot end at 20; the model's highest noise level is 14\.61"),
         ({"stages": "16 by 16"}, "'16 by 16' is not a stage"),
         ({"latent": {"samples": comfy.nested_tensor.NestedTensor([torch.zeros(1, 3, 8, 8)])}}, "this latent packs several parts"),
     ],
