@@ -1,10 +1,10 @@
-"""What large pictures cost: ``python run.py python benchmarks/scale.py [--device cuda]``.
+"""What large pictures cost: ``python run.py bench scale``.
 
 An SDXL-shaped UNet and an SD3-medium-shaped MMDiT of the host's own classes, with random weights: direct sampling at the target size,
 the recipe of two KSamplers with an enlarged latent between them, and FreCaS with its authors' steps.
 
 Counted: floating-point operations by shape alone (meta tensors: no weights, no memory), so that every machine prints the same.
-With ``--device cuda``, also seconds and peak memory of real runs through the host's samplers and VAE.
+On a GPU, also seconds and peak memory of real runs through the host's samplers and VAE.
 """
 
 from __future__ import annotations
@@ -82,25 +82,23 @@ FRECAS = {  # the authors' stages
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: run everything and time it, too")
+    parser.add_argument("--counted", action="store_true", help="do not run anything, on a GPU either")
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES), help="default: all")
     parser.add_argument("--sizes", nargs="+", type=int, choices=(2048, 4096), default=[2048, 4096], help="default: 2048 4096")
     args = parser.parse_args(argv)
-    if args.device == "cuda" and comfy.model_management.get_torch_device().type != "cuda":
-        parser.error("ComfyUI found no CUDA device here")
+    timed = comfy.model_management.get_torch_device().type == "cuda" and not args.counted
     for name in args.models:
         for size in args.sizes:
             print(f"\n{name} to {size}x{size}")
             if SHAPES[name].largest is not None and size > SHAPES[name].largest:
                 print(f"  its position encoding ends at {SHAPES[name].largest} pixels")
                 continue
-            print(table(name, size, args.device))
+            print(table(name, size, timed))
     return 0
 
 
-def table(name: str, size: int, device: str) -> str:
+def table(name: str, size: int, timed: bool) -> str:
     """Markdown: every recipe's TFLOPs, share of the direct one and, on a GPU, seconds and peak memory."""
-    timed = device == "cuda"
     lines = ["| recipe | steps | TFLOPs | of direct |" + (" seconds | peak GB |" if timed else "")]
     lines += ["|---|---|---|---|" + ("---|---|" if timed else "")]
     direct = None
