@@ -67,7 +67,7 @@ class Cascade:
         models = [self._guided(index, maps) for index in range(len(self.stages))]
         schedules = self.schedules()
         preview = _Preview(self.model, [stage.steps for stage in self.stages])
-        known, results = _Known(self.vae, latent, self.resize), []
+        known, results, logs = _Known(self.vae, latent, self.resize), [], []
         for index, (stage, model, sigmas) in enumerate(zip(self.stages, models, schedules, strict=True)):
             clean = known.at(stage) if index == 0 else enlarge(self.vae, results[-1], stage.width, stage.height, self.resize)
             noise = stage_noise(clean, seed, index, latent.get("batch_index"))
@@ -82,13 +82,14 @@ class Cascade:
             solver = comfy.samplers.sampler_object(self.sampler)
             quiet = not comfy.utils.PROGRESS_BAR_ENABLED
             final = guider.sample(noise, clean, solver, sigmas, known.mask, preview.of(index), quiet, stage_seed(seed, index))
+            logs.append(last_log(plan_of(model.model_options)))  # stages may share a plan
             last = index == len(self.stages) - 1  # in all others the solver's last update is discarded
             results.append(_on_hand(final if last else model.model.process_latent_out(preview.denoised.cpu())))
             if index:
                 maps[index - 1].clear()
         plan = plan_of(self.model.model_options)
         if plan is not None:
-            publish(plan, [last_log(plan_of(model.model_options)) for model in models])
+            publish(plan, logs)
         return [{"samples": result} for result in results]
 
     def schedules(self) -> list[Tensor]:
