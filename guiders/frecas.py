@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -68,18 +69,10 @@ class Cascade:
         schedules = self.schedules()
         preview = _Preview(self.model, [stage.steps for stage in self.stages])
         known, results, logs = _Known(self.vae, latent, self.resize), [], []
-        for index, (stage, model, sigmas) in enumerate(zip(self.stages, models, schedules, strict=True)):
-            clean = known.at(stage) if index == 0 else enlarge(self.vae, results[-1], stage.width, stage.height, self.resize)
-            noise = stage_noise(clean, seed, index, latent.get("batch_index"))
-            if index and known.mask is not None:  # the host's inpainting wants what is known without noise
-                clean = known.outside(clean, stage)
-            elif index:
-                clean, noise = renoise(model, clean, sigmas[0], noise), torch.zeros_like(noise)
-            scale = stage.height / self.stages[0].height, stage.width / self.stages[0].width
-            guider = comfy.samplers.CFGGuider(model)
-            guider.set_conds(*(rescale_conditioning(cond, *scale) for cond in (positive, negative)))
-            guider.set_cfg(self.cfg)
-            solver = comfy.samplers.sampler_object(self.sampler)
+        for index, (model, sigmas) in enumerate(zip(models, schedules, strict=True)):
+            noise_for = partial(stage_noise, seed=seed, stage=index, batch_index=latent.get("batch_index"))
+            clean, noise = self._start(index, known, results, sigmas[0], noise_for)
+            guider, solver = self._guider(index, model, positive, negative), comfy.samplers.sampler_object(self.sampler)
             quiet = not comfy.utils.PROGRESS_BAR_ENABLED
             final = guider.sample(noise, clean, solver, sigmas, known.mask, preview.of(index), quiet, stage_seed(seed, index))
             logs.append(last_log(plan_of(model.model_options)))  # stages may share a plan
@@ -91,6 +84,29 @@ class Cascade:
         if plan is not None:
             publish(plan, logs)
         return [{"samples": result} for result in results]
+
+    def _start(
+        self, index: int, known: _Known, results: Sequence[Tensor], sigma: Tensor, noise_for: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The latent [B, C, ...] that a stage starts from and the noise that the host's sampler adds to it."""
+        stage = self.stages[index]
+        if index == 0:
+            clean = known.at(stage)
+            return clean, noise_for(clean)
+        clean = enlarge(self.vae, results[-1], stage.width, stage.height, self.resize)
+        noise = noise_for(clean)
+        if known.mask is not None:  # the host's inpainting wants what is known without noise
+            return known.outside(clean, stage), noise
+        return renoise(self.model, clean, sigma, noise), torch.zeros_like(noise)
+
+    def _guider(self, index: int, model: Any, positive: list, negative: list) -> Any:
+        """The host's guider with the conditioning at a stage's size."""
+        stage, first = self.stages[index], self.stages[0]
+        guider = comfy.samplers.CFGGuider(model)
+        scale = stage.height / first.height, stage.width / first.width
+        guider.set_conds(*(rescale_conditioning(conditioning, *scale) for conditioning in (positive, negative)))
+        guider.set_cfg(self.cfg)
+        return guider
 
     def schedules(self) -> list[Tensor]:
         """The levels of every stage; ValueError if they do not fit together."""
