@@ -69,17 +69,21 @@ class Cascade:
         schedules = self.schedules()
         preview = _Preview(self.model, [stage.steps for stage in self.stages])
         known, results, logs = _Known(self.vae, latent, self.resize), [], []
-        for index, (model, sigmas) in enumerate(zip(models, schedules, strict=True)):
-            noise_for = partial(stage_noise, seed=seed, stage=index, batch_index=latent.get("batch_index"))
-            clean, noise = self._start(index, known, results, sigmas[0], noise_for)
-            guider, solver = self._guider(index, model, positive, negative), comfy.samplers.sampler_object(self.sampler)
-            quiet = not comfy.utils.PROGRESS_BAR_ENABLED
-            final = guider.sample(noise, clean, solver, sigmas, known.mask, preview.of(index), quiet, stage_seed(seed, index))
-            logs.append(last_log(plan_of(model.model_options)))  # stages may share a plan
-            last = index == len(self.stages) - 1  # in all others the solver's last update is discarded
-            results.append(_on_hand(final if last else model.model.process_latent_out(preview.denoised.cpu())))
-            if index:
-                maps[index - 1].clear()
+        try:
+            for index, (model, sigmas) in enumerate(zip(models, schedules, strict=True)):
+                noise_for = partial(stage_noise, seed=seed, stage=index, batch_index=latent.get("batch_index"))
+                clean, noise = self._start(index, known, results, sigmas[0], noise_for)
+                guider, solver = self._guider(index, model, positive, negative), comfy.samplers.sampler_object(self.sampler)
+                quiet = not comfy.utils.PROGRESS_BAR_ENABLED
+                final = guider.sample(noise, clean, solver, sigmas, known.mask, preview.of(index), quiet, stage_seed(seed, index))
+                logs.append(last_log(plan_of(model.model_options)))  # stages may share a plan
+                last = index == len(self.stages) - 1  # in all others the solver's last update is discarded
+                results.append(_on_hand(final if last else model.model.process_latent_out(preview.denoised.cpu())))
+                if index:
+                    maps[index - 1].clear()
+        finally:  # the host may hold on to a stage's model
+            for stage_maps in maps:
+                stage_maps.clear()
         plan = plan_of(self.model.model_options)
         if plan is not None:
             publish(plan, logs)
