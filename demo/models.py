@@ -23,6 +23,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.supported_models_base import ClipTarget
 from einops import rearrange
 
+from .shapes import SIZE
 from .text import LENGTH, WIDTH, CaptionEncoder, CaptionTokenizer
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -48,6 +49,8 @@ class PatchedUNet(UNetModel):
     eps = s x + sqrt(1 - s^2) F(x) with s = sigma / sqrt(sigma^2 + 1), x the host's unit-variance input and F the network: what EDM's
     c_skip and c_out (Karras et al. 2022, table 1) are for an eps model. An error of F then reaches x0 undiminished but not magnified.
     """
+
+    patch_size = PATCH
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -81,6 +84,7 @@ class _UNetBase(comfy.model_base.BaseModel):
 class ShapesUNet(comfy.supported_models.SD15):
     """A UNet with self- and cross-attention at 8x8 and 4x4 patches and in the middle; eps prediction."""
 
+    native_size = SIZE
     unet_extra_config: ClassVar = {"num_heads": -1, "num_head_channels": 32}
     latent_format = ShapesLatent
     supported_inference_dtypes = (torch.float32,)
@@ -95,6 +99,7 @@ class ShapesUNet(comfy.supported_models.SD15):
 class ShapesMMDiT(comfy.supported_models.SD3):
     """SD3's joint transformer on 4x4 pixel patches; flow matching."""
 
+    native_size = SIZE
     sampling_settings: ClassVar = {"shift": 1.0}
     latent_format = ShapesLatent
     supported_inference_dtypes = (torch.float32,)

@@ -56,6 +56,16 @@ def random_scenes(count: int, generator: torch.Generator, pairs: float = 0.15) -
     return Scenes(objects, pick(len(BACKGROUNDS)), torch.where(two, pick(len(RELATIONS)), -1))
 
 
+def colour_rgb(colours: torch.Tensor) -> torch.Tensor:
+    """The middle [B, 3] of what the colours [B] of objects look like."""
+    return _COLOUR_RGB[colours]
+
+
+def background_rgb(backgrounds: torch.Tensor) -> torch.Tensor:
+    """The same for backgrounds [B]."""
+    return _BACKGROUND_RGB[backgrounds]
+
+
 def captions(scenes: Scenes) -> list[str]:
     """The sentence that describes each scene."""
 

@@ -150,20 +150,22 @@ class _ReplacedAttention:
         self.calls += 1
         temporal = self.video and self.calls % 2 == 0
         if temporal or not any(flags) or q.shape[1] != v.shape[1]:
-            return self._ordinary(q, k, v, extra_options)
+            return ordinary_attention(self.previous, q, k, v, extra_options)
         if all(flags):
             return v
         keep = [not flag for flag in flags]
-        clean = self._ordinary(*(_take(x, keep) for x in (q, k, v)), _narrowed(extra_options, keep))
+        clean = ordinary_attention(self.previous, *(_take(x, keep) for x in (q, k, v)), _narrowed(extra_options, keep))
         return _merge(clean, _take(v, flags), flags)
 
-    def _ordinary(self, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
-        if self.previous is not None:
-            return self.previous(q, k, v, options)
-        from comfy.ldm.modules.attention import optimized_attention  # here, so that the maths above needs no host
 
-        heads, precision = options["n_heads"], options["attn_precision"]
-        return optimized_attention(q, k, v, heads, attn_precision=precision, transformer_options=options)
+def ordinary_attention(previous: Callable | None, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+    """A UNet layer's attention as it is without us: an earlier replacement, or the host's. q [B, N, H*d], k and v [B, T, H*d]."""
+    if previous is not None:
+        return previous(q, k, v, options)
+    from comfy.ldm.modules.attention import optimized_attention  # here, so that the maths above needs no host
+
+    heads, precision = options["n_heads"], options["attn_precision"]
+    return optimized_attention(q, k, v, heads, attn_precision=precision, transformer_options=options)
 
 
 # --- DiT: optimized_attention_override -------------------------------------------------------------------------------

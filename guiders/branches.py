@@ -26,8 +26,12 @@ class Branch:
 
 def lane(conds: Sequence[dict[str, Any]], branch: Branch) -> list[dict[str, Any]]:
     """The cond list of a branch. Each entry gets a uuid of its own, because caches (EasyCache, TeaCache) are keyed by it."""
-    tag = f"lodestar {hash(branch)}"
-    return [{**cond, "uuid": uuid.uuid5(cond["uuid"], tag)} for cond in conds]
+    return [{**cond, "uuid": lane_uuid(cond["uuid"], branch)} for cond in conds]
+
+
+def lane_uuid(own: uuid.UUID, branch: Branch) -> uuid.UUID:
+    """The uuid of a cond in the lane of a branch."""
+    return uuid.uuid5(own, f"lodestar {hash(branch)}")
 
 
 class ControlView:

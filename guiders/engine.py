@@ -86,6 +86,8 @@ def _outer_sample(executor: Any, noise: Tensor, latent_image: Tensor, sampler: A
     for _, policy in run.policies:
         policy.check(guider, sampler, sigmas)
     options["transformer_options"][RUN] = run
+    for _, rule in run.shapers:
+        rule.check(noise.shape)
     if run.shapers:
         _refuse_foreign_cfg(run.shapers[0][1], options)
         options[_SLOT] = partial(_shape_cfg, run)
@@ -251,14 +253,15 @@ def _without_weightless(run: Run, conds: list, options: dict[str, Any]) -> list:
 def _shape_cfg(run: Run, args: dict[str, Any]) -> Tensor:
     """The host's CFG slot: D_c + (w - 1) shape(D_c - D_u), returned as the residual x - D that the slot asks for."""
     cond, uncond, w = args["cond_denoised"], args["uncond_denoised"], args["cond_scale"]
-    denoised = cond
+    denoised, run.cfg = cond, w
     if args.get("input_uncond") is not None and w != 1 and run.choice.uncond:
-        update = cond - uncond
+        update = plain = cond - uncond
         shapers = [(index, shaper) for index, shaper in run.shapers if run.covers(index) and run.choice.weight != 0]
         for index, shaper in shapers:
             update = shaper.shape(update, cond, run.step(index))
             run.record_update(index, cond, cond + (w - 1) * update)
-        denoised = replace_rows(cond + (w - 1) * update if shapers else uncond + update * w, run.choice.uncond, cond)
+        guided = uncond + update * w if update is plain else cond + (w - 1) * update
+        denoised = replace_rows(guided, run.choice.uncond, cond)
     run.shaped = denoised
     return args["input"] - denoised
 

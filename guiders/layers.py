@@ -94,21 +94,34 @@ def resolve_layers(model: Any, text: str) -> tuple[Layer, ...]:
     return tuple(layer for layer in layers if layer in chosen)
 
 
+def cross_attention_blocks(diffusion_model: Any) -> list[tuple[str, int, int]]:
+    """(stack, block, sub-block) of every cross-attention of pictures to a text in a UNet; none for other models."""
+    if not any(cls.__name__ == "UNetModel" for cls in type(diffusion_model).__mro__):
+        return []
+    return [place for place, inner, video in _unet_blocks(diffusion_model) if inner.attn2 is not None and not video]
+
+
 # --- what a model has ------------------------------------------------------------------------------------------------
 
 
 def _layers(diffusion_model: Any, architecture: Architecture) -> Iterator[tuple[Layer | None, tuple[str, int]]]:
     """Every self-attention layer in the model's order with its (stack, block); None where it is disabled."""
+    if architecture is UNET:
+        for (stack, i, sub), inner, video in _unet_blocks(diffusion_model):
+            yield (None if inner.disable_self_attn else Layer(architecture, stack, i, sub, video)), (stack, i)
+        return
     for stack, attribute in architecture.stacks:
+        yield from ((Layer(architecture, stack, i), (stack, i)) for i in range(len(getattr(diffusion_model, attribute))))
+
+
+def _unet_blocks(diffusion_model: Any) -> Iterator[tuple[tuple[str, int, int], Any, bool]]:
+    """Every transformer block of a UNet in its order: (stack, block, sub-block), the module, whether a temporal one follows it."""
+    for stack, attribute in _UNET_STACKS:
         blocks = getattr(diffusion_model, attribute)
-        if architecture is not UNET:
-            yield from ((Layer(architecture, stack, i), (stack, i)) for i in range(len(blocks)))
-            continue
         for i, block in enumerate([blocks] if stack == "middle" else blocks):
             for transformer in (module for module in block or () if hasattr(module, "transformer_blocks")):
                 for sub, inner in enumerate(transformer.transformer_blocks):
-                    layer = Layer(architecture, stack, i, sub, hasattr(transformer, "time_stack"))
-                    yield (None if inner.disable_self_attn else layer), (stack, i)
+                    yield (stack, i, sub), inner, hasattr(transformer, "time_stack")
 
 
 def _counted(diffusion_model: Any, architecture: Architecture) -> dict[str, list[tuple[str, int]]]:

@@ -10,7 +10,7 @@ where *shapers* make up ``shape``, *terms* the sum, and *policies* decide at eac
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -45,9 +45,15 @@ class Rule(ABC):
 class Shaper(Rule):
     """Reshapes the CFG update."""
 
+    def check(self, shape: Sequence[int]) -> None:
+        """Raise ValueError before sampling starts if the rule cannot work on latents of this shape."""
+
     @abstractmethod
     def shape(self, update: Tensor, denoised: Tensor, step: Step) -> Tensor:
-        """Return the new update for ``update`` = D_c - D_u (before the factor w - 1) and ``denoised`` = D_c, both [B, ...]."""
+        """Return the new update for ``update`` = D_c - D_u (before the factor w - 1) and ``denoised`` = D_c, both [B, ...].
+
+        An update that stays as it is has to be ``update`` itself: that keeps every bit of CFG.
+        """
 
 
 class Term(Rule):

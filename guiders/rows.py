@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from .plan import Rows
-from .run import KEY, RUN, Run
+from .run import KEY, NARROWED, OPTIONS_PLACE, RUN, Run
 from .spaces import beside
 
-_OPTIONS_PLACE = 3  # of transformer_options among apply_model's arguments after x and t
 _LABELS = "lodestar_labels"  # the lanes of the batch, where cond_or_uncond says what they would be without us
 
 
@@ -30,7 +29,7 @@ def outermost(wrappers: dict[str, list], ours: list) -> dict[str, list]:
 
 def apply_model(executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """APPLY_MODEL wrapper: leaves out rows, counts, applies variants to the rows of their branches."""
-    options = kwargs["transformer_options"] if "transformer_options" in kwargs else args[_OPTIONS_PLACE]
+    options = kwargs["transformer_options"] if "transformer_options" in kwargs else args[OPTIONS_PLACE]
     run = options.get(RUN)
     if run is None:  # called outside of a sampling run
         return executor(x, t, *args, **kwargs)
@@ -41,7 +40,7 @@ def apply_model(executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) 
             options = variant.patch(options, [branch is not None and branch.variant == variant for branch in branches])
         if "transformer_options" in kwargs:
             return executor(x, t, *args, **kwargs | {"transformer_options": options})
-        return executor(x, t, *args[:_OPTIONS_PLACE], options, *args[_OPTIONS_PLACE + 1 :], **kwargs)
+        return executor(x, t, *args[:OPTIONS_PLACE], options, *args[OPTIONS_PLACE + 1 :], **kwargs)
 
     chunks = len(_labels(options))
     groups = _groups([run.rows_of(label) for label in _labels(options)], len(x) / chunks)
@@ -112,6 +111,7 @@ def _narrowed(options: dict[str, Any], members: list[int], rows: list[int], batc
     if "uuids" in options:
         tag = f"lodestar rows {rows}"
         uuids = [options["uuids"][i] for i in members]
+        narrow[NARROWED] = rows, uuids
         narrow["uuids"] = uuids if len(rows) == batch else [uuid.uuid5(name, tag) for name in uuids]
     if isinstance(options.get("sigmas"), Tensor) and len(options["sigmas"]) == batch:
         narrow["sigmas"] = options["sigmas"][beside(options["sigmas"], rows)]

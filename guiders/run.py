@@ -23,6 +23,8 @@ from .spaces import Layout, beside, cosine_per_sample, is_flow, norm_per_sample,
 KEY = "lodestar"  # of our wrappers and additional models
 RUN = "lodestar_run"
 COSINE = "cosine of cond and uncond"  # a curve's label
+NARROWED = "lodestar_narrowed"  # in a call of fewer rows: which rows of its chunks, and the chunks' uuids in a full call
+OPTIONS_PLACE = 3  # of transformer_options among apply_model's arguments after x and t
 _LOGS: WeakKeyDictionary[GuidancePlan, RunLog] = WeakKeyDictionary()
 
 
@@ -68,6 +70,7 @@ class Step:
     covered: whether the step starts inside the rule's window.
     flow: whether the model's path is x = (1 - t) x0 + t noise.
     record: keeps a curve's values, one for each row, for this step.
+    cfg: the sampler's w in this evaluation.
     """
 
     index: int
@@ -78,6 +81,7 @@ class Step:
     flow: bool = False
     record: Callable[[str, Tensor], None] = lambda label, values: None
     memory: dict[str, Any] = field(default_factory=dict)
+    cfg: float = 1.0
 
 
 class Run:
@@ -107,6 +111,7 @@ class Run:
         self.others: dict[Branch, Tensor] = {}
         self.shaped: Tensor | None = None
         self.stopped = False  # whether a policy has set the sampler's cfg to 1, where the host drops D_u by itself
+        self.cfg = 1.0
         self.weak: dict[Any, Any] = {}
         self.log = RunLog(steps=len(self.sigmas) - 1, batch=shape[0], sigmas=self.sigmas)
         self._curves: dict[str, dict[int, Tensor]] = {}
@@ -194,7 +199,8 @@ class Run:
     def step(self, index: int) -> Step:
         """The current step as rule number ``index`` sees it."""
         memory = self.memories.setdefault(index, {})
-        return Step(self.index, self.sigmas[self.index], self.first, self.layout, self.covers(index), self.flow, self.record, memory)
+        window, here = self.covers(index), (self.index, self.sigmas[self.index], self.first)
+        return Step(*here, self.layout, window, self.flow, self.record, memory, self.cfg)
 
     def count(self, rows: int, chunks: float) -> None:
         """One model call of ``rows`` rows that holds ``chunks`` branches, or parts of them."""
@@ -240,6 +246,18 @@ class Run:
 def last_log(plan: GuidancePlan) -> RunLog | None:
     """The log of the last run that used this plan."""
     return _LOGS.get(plan)
+
+
+def publish(plan: GuidancePlan, logs: Sequence[RunLog]) -> None:
+    """Publish several runs in a row as one log under a plan."""
+    whole = RunLog(batch=logs[0].batch)
+    for log in logs:
+        for label, points in log.curves.items():
+            whole.curves.setdefault(label, {}).update({whole.steps + step: value for step, value in points.items()})
+        whole.sigmas = [*whole.sigmas[: whole.steps], *log.sigmas]
+        for name in ("steps", "calls", "rows", "nfe", "seconds"):
+            setattr(whole, name, getattr(whole, name) + getattr(log, name))
+    _LOGS[plan] = whole
 
 
 _LOOPS = (("i", "sigmas"), ("step_index", "timesteps"))  # k-diffusion, UniPC

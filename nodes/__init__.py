@@ -9,6 +9,8 @@ from .apg import LodestarAPG
 from .autoguidance import LodestarAutoguidance
 from .cfgpp import LodestarCFGPP, LodestarCFGPPInvert
 from .demo_model import LodestarDemoModel
+from .frecas import LodestarFreCaS, LodestarStageTransition
+from .frequency import LodestarFrequencyGuidance
 from .guidance_policy import LodestarGuidancePolicy, LodestarLoadPolicy, LodestarPolicySearch, LodestarSavePolicy
 from .interval import LodestarGuidanceInterval
 from .linear_ag import LodestarLinearAG, LodestarLinearAGFit, LodestarLoadCoefficients, LodestarSaveCoefficients
@@ -37,6 +39,9 @@ class Lodestar(ComfyExtension):
             LodestarLoadPolicy,
             LodestarCFGPP,
             LodestarCFGPPInvert,
+            LodestarFrequencyGuidance,
+            LodestarFreCaS,
+            LodestarStageTransition,
             LodestarReport,
             LodestarDemoModel,
         ]

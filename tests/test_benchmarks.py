@@ -73,3 +73,39 @@ def test_inversion(host, model):
     assert ours > theirs > 5 and inversion.border(pictures).shape == (4, 3, 32 * 32 - 24 * 24)
     changed = inversion.edited(batch.scenes, "colour").objects != batch.scenes.objects
     assert changed[..., 1].all() and not changed[..., 0].any() and not changed[..., 2].any()
+
+
+def test_scale_counts_what_the_stages_cost(host, monkeypatch):
+    """A stage's cost is its steps times two rows of its size, and FreCaS pays for its VAE round trip."""
+    from lodestar.benchmarks import scale
+    from lodestar.guiders.stages import Stage
+
+    shape = scale.Shape(scale.SHAPES["sd3"].family, scale.MMDIT | {"depth": 2}, 16, 4096, 2048)
+    monkeypatch.setitem(scale.SHAPES, "small", shape)
+    monkeypatch.setitem(scale.TEXT, "small", 154)
+    row = {size: scale.flops_of_row("small", size, size) for size in (256, 512)}
+    assert 3.5 < row[512] / row[256] < 8
+    stages = (Stage(256, 256, 4), Stage(512, 512, 3))
+    plain = 2 * (4 * row[256] + 3 * row[512])
+    assert scale.flops_of("small", stages, through_pixels=False) == plain
+    trip = scale.flops_of_vae("decode", 256, 256) + scale.flops_of_vae("encode", 512, 512)
+    assert scale.flops_of("small", stages, through_pixels=True) == plain + trip > plain
+
+
+def test_scale_runs_its_recipes(host):
+    """What is timed on a GPU, with tiny networks here."""
+    import tools
+    import torch
+
+    from lodestar.benchmarks import scale
+    from lodestar.demo.models import ShapesLatent, load_vae
+    from lodestar.guiders.stages import Stage
+
+    model = tools.tiny("unet", in_channels=3, out_channels=3)
+    model.model.latent_format = ShapesLatent()
+    conds = tools.cond(1), tools.cond(2)
+    with torch.inference_mode():
+        for run, stages in ((scale.run_direct, [Stage(128, 128, 2)]), (scale.run_direct, [Stage(64, 64, 2), Stage(128, 128, 1)])):
+            assert run(model, load_vae(), stages, conds).shape == (1, 16, 16, 3)
+        frecas = scale.run_frecas(model, load_vae(), [Stage(16, 16, 2, 0.5), Stage(32, 32, 2)], conds)
+    assert frecas.shape == (1, 32, 32, 3)

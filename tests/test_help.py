@@ -32,11 +32,15 @@ def test_every_node_has_a_page_and_every_page_a_node(host, schemas):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_page_names_the_node_and_all_its_inputs(schemas, page):
+    import comfy.samplers
+
     text, schema = page.read_text(encoding="utf-8"), schemas[page.stem]
+    of_the_host = comfy.samplers.SAMPLER_NAMES, comfy.samplers.SCHEDULER_NAMES
     assert text.startswith(f"# {schema.display_name}\n")
     for entry in schema.inputs:
         assert re.search(rf"^\| .*`{entry.id}`.* \|", text, re.MULTILINE), entry.id
-        for option in getattr(entry, "options", None) or ():
+        options = getattr(entry, "options", None) or ()
+        for option in () if options in of_the_host else options:
             assert f"`{option}`" in text, option
 
 

@@ -26,10 +26,22 @@ NODES = {  # a contract: workflow files in the wild hold these names in this ord
     "LodestarCFGPPInvert": {
         "model": None, "positive": None, "negative": None, "latent_image": None, "sigmas": None, "lambda_": 0.6,
     },
+    "LodestarFrequencyGuidance": {"model": None, "low_scale": 7.5, "high_scale": 35.0, "low_width": 1024, "low_height": 1024},
+    "LodestarFreCaS": {
+        "model": None, "positive": None, "negative": None, "vae": None, "seed": 0, "cfg": 7.5, "sampler": "euler", "scheduler": "normal",
+        "stages": "auto 2048x2048", "gamma": -1.0, "high_scale": 35.0, "map_weight": 0.6, "resize": "nearest", "batch_size": 1,
+        "latent": None,
+    },
+    "LodestarStageTransition": {
+        "model": None, "vae": None, "width": 2048, "height": 2048, "steps": 10, "end": 0.0, "scheduler": "normal", "gamma": -1.0,
+        "resize": "nearest", "seed": 0, "stage": 1, "batch_size": 1, "denoised": None, "sigmas": None,
+    },
     "LodestarReport": {"model": None, "latent": None},
     "LodestarDemoModel": {"model": "unet", "strength": "main"},
-}
+}  # fmt: skip
 OUTPUTS = {
+    "LodestarFreCaS": ["LATENT", "LATENT"],
+    "LodestarStageTransition": ["LATENT", "SIGMAS", "INT"],
     "LodestarReport": ["LATENT", "IMAGE", "STRING"],
     "LodestarDemoModel": ["MODEL", "CLIP", "VAE"],
     "LodestarLinearAGFit": ["GUIDANCE_COEFFICIENTS", "STRING"],
@@ -57,11 +69,15 @@ DISPLAY_NAMES = {
     "LodestarLoadPolicy": "Guidance policy: load",
     "LodestarCFGPP": "CFG++ Sampler",
     "LodestarCFGPPInvert": "CFG++ Inversion",
+    "LodestarFrequencyGuidance": "Frequency-aware CFG (FA-CFG)",
+    "LodestarFreCaS": "FreCaS Cascade",
+    "LodestarStageTransition": "FreCaS Stage Transition",
     "LodestarReport": "Guidance Report",
     "LodestarDemoModel": "Demo Model (Shapes)",
 }
-MORE_THAN_A_MODEL = ("LodestarLinearAGFit", "LodestarLinearAG", "LodestarPolicySearch", "LodestarGuidancePolicy", "LodestarCFGPPInvert")
-GUIDANCE = [node for node in NODES if "model" in NODES[node] and node not in (*MORE_THAN_A_MODEL, "LodestarReport", "LodestarDemoModel")]
+APPLIED = ("LodestarLinearAG", "LodestarGuidancePolicy")  # need more than a model
+GUIDANCE = [node for node in NODES if "model" in NODES[node] and node not in OUTPUTS and node not in APPLIED]
+WINDOWED = [node for node in GUIDANCE if "start_percent" in NODES[node]]
 
 
 @pytest.fixture
@@ -121,8 +137,9 @@ def test_defaults_are_allowed_values(classes, node):
 
 
 def test_the_choices_of_the_combos(classes):
-    options = {entry.id: entry.options for node in classes.values() for entry in node.define_schema().inputs if hasattr(entry, "options")}
-    assert options["sampler"] == ["euler", "euler_ancestral", "dpmpp_2m", "dpmpp_2s_ancestral", "dpmpp_2m_sde"]
+    combos = {name: {e.id: e.options for e in node.define_schema().inputs if hasattr(e, "options")} for name, node in classes.items()}
+    assert combos["LodestarCFGPP"].pop("sampler") == ["euler", "euler_ancestral", "dpmpp_2m", "dpmpp_2s_ancestral", "dpmpp_2m_sde"]
+    options = {name: choices for node in combos.values() for name, choices in node.items()}
     assert options["history"] == ["unconditional", "guided"]
     assert options["joint_attention"] == ["masked", "passthrough"]
     assert options["strength"] == ["main", "weak"]
@@ -132,7 +149,7 @@ def test_the_choices_of_the_combos(classes):
 # --- errors: one sentence, before anything is sampled ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("node", [node for node in GUIDANCE if "start_percent" in NODES[node]])
+@pytest.mark.parametrize("node", WINDOWED)
 def test_a_reversed_window(classes, node):
     import tools
 
@@ -202,6 +219,7 @@ def test_defaults_guide_and_leave_the_input_alone(classes, node):
     model = tools.tiny("unet")
     plain = tools.sample(model)
     changes = {"LodestarAutoguidance": {"weak_model": tools.tiny("unet", seed=7)}, "LodestarGuidanceInterval": {"start_percent": 0.5}}
+    changes["LodestarFrequencyGuidance"] = {"low_width": 64, "low_height": 64}
     guided = tools.sample(run(classes, node, model, **changes.get(node, {})))
     assert guided.isfinite().all() and not tools.close(guided, plain, 1e-3)
     assert tools.sample(model).equal(plain)

@@ -30,6 +30,9 @@ NODES = (
     "LodestarLoadPolicy",
     "LodestarCFGPP",
     "LodestarCFGPPInvert",
+    "LodestarFrequencyGuidance",
+    "LodestarFreCaS",
+    "LodestarStageTransition",
     "LodestarReport",
     "LodestarDemoModel",
 )

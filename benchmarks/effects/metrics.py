@@ -11,13 +11,14 @@ from functools import cached_property
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from skimage.color import rgb2hsv
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
 from lodestar.demo import classifier
-from lodestar.demo.shapes import Scenes, draw, random_scenes
+from lodestar.demo.shapes import SIZE, Scenes, draw, random_scenes
 
 from .cells import PER_CAPTION, repeated
 
@@ -34,7 +35,7 @@ OfRows = Callable[[Rows], float]
 class Pictures:
     """Pictures with the captions they were made for; what is derived from them is computed once.
 
-    pictures: [N, 3, H, W] in [0, 1].
+    pictures: [N, 3, H, W] in [0, 1]. What the classifier sees is shrunk to the size it knows.
     scenes: what each shows, or should show.
     """
 
@@ -57,8 +58,9 @@ class Pictures:
     @cached_property
     def _classified(self) -> tuple[Tensor, np.ndarray]:
         net = classifier.load_classifier()
+        small = self.pictures if self.pictures.shape[-1] == SIZE else F.interpolate(self.pictures, size=SIZE, mode="area")
         with torch.inference_mode():
-            features = torch.cat([net.features(part) for part in self.pictures.split(256)])
+            features = torch.cat([net.features(part) for part in small.split(256)])
             logits = {name: head(features) for name, head in net.heads.items()}
         return features.double(), classifier.correct(logits, self.scenes)["all"].double().numpy()
 
