@@ -77,11 +77,11 @@ class Step:
     sigma: float
     first: bool
     layout: Layout
+    memory: dict[str, Any] = field(default_factory=dict)
+    cfg: float = 1.0
     covered: bool = True
     flow: bool = False
     record: Callable[[str, Tensor], None] = lambda label, values: None
-    memory: dict[str, Any] = field(default_factory=dict)
-    cfg: float = 1.0
 
 
 class Run:
@@ -199,8 +199,10 @@ class Run:
     def step(self, index: int) -> Step:
         """The current step as rule number ``index`` sees it."""
         memory = self.memories.setdefault(index, {})
-        window, here = self.covers(index), (self.index, self.sigmas[self.index], self.first)
-        return Step(*here, self.layout, window, self.flow, self.record, memory, self.cfg)
+        return Step(
+            self.index, self.sigmas[self.index], self.first, self.layout, memory,
+            cfg=self.cfg, covered=self.covers(index), flow=self.flow, record=self.record,
+        )  # fmt: skip
 
     def count(self, rows: int, chunks: float) -> None:
         """One model call of ``rows`` rows that holds ``chunks`` branches, or parts of them."""
