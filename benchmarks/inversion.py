@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import comfy.samplers
@@ -115,16 +116,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     batch = Batch(scenes, SEED)
     runs = len(args.models) * (2 * len(LAMBDAS) * len(args.steps) + 2 * len(EDITED))
     with torch.inference_mode(), tqdm(total=runs, unit="setting") as bar:
-        lines = [line for model in args.models for line in (*round_trips(batch, model, args.steps, bar), *edits(batch, model, bar))]
-    print("\n".join(lines))
+        for model in args.models:
+            for line in chain(round_trips(batch, model, args.steps, bar), edits(batch, model, bar)):
+                bar.write(line)
     return 0
 
 
-def round_trips(batch: Batch, model: str, steps: Sequence[int], bar: tqdm) -> list[str]:
+def round_trips(batch: Batch, model: str, steps: Sequence[int], bar: tqdm) -> Iterator[str]:
     """PSNR for each number of steps and lambda."""
     pictures = originals(batch, model=model)
-    lines = [f"\n{model}: PSNR of the round trip, dB, mean of {len(pictures)} pictures; in brackets, the cfg", ""]
-    lines += [f"| steps | method |{''.join(f' {lambda_:g} |' for lambda_ in LAMBDAS)}", f"|---|---|{'---:|' * len(LAMBDAS)}"]
+    yield f"\n{model}: PSNR of the round trip, dB, mean of {len(pictures)} pictures; in brackets, the cfg\n"
+    yield f"| steps | method |{''.join(f' {lambda_:g} |' for lambda_ in LAMBDAS)}\n|---|---|{'---:|' * len(LAMBDAS)}"
     for count in steps:
         for method in (CFGPP, CFG):
             cells = []
@@ -132,23 +134,21 @@ def round_trips(batch: Batch, model: str, steps: Sequence[int], bar: tqdm) -> li
                 found = psnr(there_and_back(batch, model=model, method=method, lambda_=lambda_, steps=count), pictures).mean()
                 cells.append(f"{found:.1f}" + (f" ({lambda_ * worth(model, count):.1f})" if method == CFG else ""))
                 bar.update()
-            lines.append(f"| {count} | {method} | {' | '.join(cells)} |")
-    return lines
+            yield f"| {count} | {method} | {' | '.join(cells)} |"
 
 
-def edits(batch: Batch, model: str, bar: tqdm) -> list[str]:
+def edits(batch: Batch, model: str, bar: tqdm) -> Iterator[str]:
     """Shares of pictures with each attribute of the new caption, and PSNR of the background, at lambda 0.6 and 20 steps."""
     net, pictures = classifier.load_classifier(), originals(batch, model=model)
-    lines = [f"\n{model}: edits with lambda 0.6 in 20 steps, share of pictures as the new caption has it", ""]
-    lines += [f"| changed | method | {' | '.join(ATTRIBUTES)} | all | background, dB |", f"|---|---|{'---:|' * 6}"]
+    yield f"\n{model}: edits with lambda 0.6 in 20 steps, share of pictures as the new caption has it\n"
+    yield f"| changed | method | {' | '.join(ATTRIBUTES)} | all | background, dB |\n|---|---|{'---:|' * 6}"
     for attribute in EDITED:
         for method in (CFGPP, CFG):
             made = there_and_back(batch, model=model, method=method, lambda_=0.6, attribute=attribute)
             right = classifier.correct(net(made), edited(batch.scenes, attribute))
             shares = " | ".join(f"{right[name].float().mean():.1%}" for name in (*ATTRIBUTES, "all"))
-            lines.append(f"| {attribute} | {method} | {shares} | {psnr(border(made), border(pictures)).mean():.1f} |")
             bar.update()
-    return lines
+            yield f"| {attribute} | {method} | {shares} | {psnr(border(made), border(pictures)).mean():.1f} |"
 
 
 if __name__ == "__main__":

@@ -262,6 +262,6 @@ def test_reconstruction_gets_better_with_steps(kind, scene):
 
 @pytest.mark.slow
 def test_reconstruction_gets_worse_with_lambda(scene):
-    """On the mmdit it is hardly a matter of lambda at all: see the help page."""
+    """On the unet. On the mmdit the error of the first step hides it here (22.6 dB at 0.3, 25.9 at 1.5)."""
     model = models.load_model("unet", "main")
     assert psnr(model, scene, 16, 0.3) > psnr(model, scene, 16, 1.5) + 3
