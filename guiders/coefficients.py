@@ -61,7 +61,9 @@ class Coefficients:
 
     def save(self, path: Path) -> None:
         """Write a safetensors file: a tensor for every step, the rest in its metadata."""
-        tensors = {f"beta.{k}": beta for k, beta in self.betas.items()} | {f"r2.{k}": torch.tensor(r2, dtype=torch.float64) for k, r2 in self.r2.items()}
+        tensors = {f"beta.{k}": beta for k, beta in self.betas.items()} | {
+            f"r2.{k}": torch.tensor(r2, dtype=torch.float64) for k, r2 in self.r2.items()
+        }
         about = {"setting": json.dumps(self.setting.to_json()), "trajectories": str(self.trajectories), "hash": self.hash}
         save_file(tensors, path, metadata={"format": FORMAT, **about})
 
