@@ -24,6 +24,7 @@ from .branches import lane_uuid
 from .layers import cross_attention_blocks
 from .plan import plan_of
 from .run import NARROWED, OPTIONS_PLACE, RUN
+from .spaces import beside
 
 KEY = "lodestar maps"
 _LOGITS = 2**27  # computed at once
@@ -190,7 +191,7 @@ class _MixedAttention:
         values = v.chunk(chunks)
         maps = [use and use.at(key, size, v.shape[1], v_i) for key, v_i in zip(self.keys, values, strict=True)]
         if self.rows is not None:
-            maps = [grid if grid is None else grid[self.rows] for grid in maps]
+            maps = [grid if grid is None else grid[beside(grid, self.rows)] for grid in maps]
         if w == 1 and all(grid is not None for grid in maps):
             return torch.cat([grid @ v_i for grid, v_i in zip(maps, values, strict=True)])
         out = ordinary_attention(self.previous, q, k, v, extra_options)

@@ -111,7 +111,7 @@ def _narrowed(options: dict[str, Any], members: list[int], rows: list[int], batc
     if "uuids" in options:
         tag = f"lodestar rows {rows}"
         uuids = [options["uuids"][i] for i in members]
-        narrow[NARROWED] = rows, uuids
+        narrow[NARROWED] = (None if len(rows) == batch else rows), uuids
         narrow["uuids"] = uuids if len(rows) == batch else [uuid.uuid5(name, tag) for name in uuids]
     if isinstance(options.get("sigmas"), Tensor) and len(options["sigmas"]) == batch:
         narrow["sigmas"] = options["sigmas"][beside(options["sigmas"], rows)]

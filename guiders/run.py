@@ -23,7 +23,7 @@ from .spaces import Layout, beside, cosine_per_sample, is_flow, norm_per_sample,
 KEY = "lodestar"  # of our wrappers and additional models
 RUN = "lodestar_run"
 COSINE = "cosine of cond and uncond"  # a curve's label
-NARROWED = "lodestar_narrowed"  # in a call of fewer rows: which rows of its chunks, and the chunks' uuids in a full call
+NARROWED = "lodestar_narrowed"  # in a part of a call: which rows of its chunks (None: all), and their uuids in the whole
 OPTIONS_PLACE = 3  # of transformer_options among apply_model's arguments after x and t
 _LOGS: WeakKeyDictionary[GuidancePlan, RunLog] = WeakKeyDictionary()
 
@@ -251,13 +251,14 @@ def last_log(plan: GuidancePlan) -> RunLog | None:
 
 
 def publish(plan: GuidancePlan, logs: Sequence[RunLog]) -> None:
-    """Publish several runs in a row as one log under a plan."""
+    """Publish several runs in a row as one log under a plan. When policies switched is left out: they did so in every run."""
     whole = RunLog(batch=logs[0].batch)
     for log in logs:
-        for label, points in log.curves.items():
-            whole.curves.setdefault(label, {}).update({whole.steps + step: value for step, value in points.items()})
+        by_step = [(whole.curves.setdefault(label, {}), points) for label, points in log.curves.items()]
+        for target, points in (*by_step, (whole.evaluations, log.evaluations), (whole.choices, log.choices)):
+            target.update({whole.steps + step: value for step, value in points.items()})
         whole.sigmas = [*whole.sigmas[: whole.steps], *log.sigmas]
-        for name in ("steps", "calls", "rows", "nfe", "seconds"):
+        for name in ("steps", "calls", "rows", "nfe", "saved", "seconds"):
             setattr(whole, name, getattr(whole, name) + getattr(log, name))
     _LOGS[plan] = whole
 

@@ -271,15 +271,15 @@ def test_a_latent_vae(kl):
     assert sample(model, "64x64: 3 steps, end 0.9; 128x96: 2 steps", vae=kl)[-1].equal(results[-1])
 
 
+@torch.inference_mode()
 def test_tiles_when_memory_is_short(kl, monkeypatch):
     latent = torch.randn(1, 4, 72, 8)
     whole = decode(kl, latent)
     coded = encode(kl, whole)
-    calls = []
+    calls: list[str] = []
     for name in ("decode_tiled", "encode_tiled"):
         method = getattr(kl, name)
         monkeypatch.setattr(kl, name, lambda *a, name=name, method=method, **k: calls.append(name) or method(*a, **k))
-    assert not calls
     monkeypatch.setattr(kl.patcher, "get_free_memory", lambda device: 0)
     tiled = decode(kl, latent)
     assert tiled.shape == whole.shape and encode(kl, tiled).shape == coded.shape
