@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 # deterministic, one function of the schedule, every operation differentiable (tests/test_policy_search.py tries each of them)
-SAMPLERS = ("euler", "heun", "heunpp2", "dpm_2", "lms", "dpmpp_2m", "ipndm", "ipndm_v", "deis", "gradient_estimation")
+SAMPLERS = ("euler", "heun", "heunpp2", "dpm_2", "lms", "dpmpp_2m", "ipndm", "ipndm_v", "gradient_estimation")
 
 
 def differentiable(sampler: Any) -> Callable[..., Tensor]:
