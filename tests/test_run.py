@@ -16,6 +16,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -421,7 +422,8 @@ def test_the_server_ends_with_a_killed_parent():
 def test_serve_stops_on_interrupt_without_a_trace():
     port = serving.free_port()
     command = [sys.executable, ROOT / "run.py", "serve", "--port", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # shells start background jobs, such as a test run, without
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heeded) as process:
         for line in process.stdout:
             if f"Lodestar: http://127.0.0.1:{port}" in line:
                 break
