@@ -36,7 +36,7 @@ def linear(batch: Batch, *, model: str, cfg: float, steps: int) -> Tensor:
 def with_model(batch: Batch, patcher: Any, model: str, cfg: float, steps: int) -> Tensor:
     """Pictures [B, 3, H, W] in [0, 1] by KSampler with a guided MODEL."""
     clip, noise = models.load_clip(), batch.noise()
-    conds = models.encode(clip, batch.captions), models.encode(clip, [""] * len(noise))
+    conds = models.encode(clip, batch.captions), models.encode(clip, [""])  # one row, as it was fitted
     schedule = models.SCHEDULERS[model]
     latent = comfy.sample.sample(
         patcher, noise, steps, cfg, "euler", schedule, *conds, torch.zeros_like(noise), disable_pbar=True, seed=batch.seed
