@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.readme:
-        report.write_readme(PACK / "README.md", args.out / "effects.json")
+        report.write_readme(PACK / "README.md", args.out / "effects.json", {name: method.title for name, method in known.items()})
         return 0
 
     chosen = {name: known[name] for name in args.method or known}

@@ -52,19 +52,24 @@ class Report:
             lines.append(f"| **{method['title']}**, {method['samples']} pictures per setting |" + " |" * (len(HEAD) - 1))
             lines += [f"| {' | '.join((*_row(claim), _mark(claim)))} |" for claim in method["claims"]]
         notes = [
-            f"- {claim['claim']} ({claim['model']}), {claim['verdict']}: {claim['why']}"
+            f"- {method['title']}: {claim['why']}"
             for method in self.methods.values()
             for claim in method["claims"]
             if claim["verdict"] != "holds" and claim["why"]
         ]
         about = "A positive effect is an improvement. *Holds*, *fails*: the whole interval is on one side; *undecided*: it is on both."
-        return "\n".join([about, "", *lines, *(["", "Where a claim does not hold here:", "", *dict.fromkeys(notes)] if notes else [])])
+        return "\n".join(
+            [about, "", *lines, *(["", "Why some claims do not hold here, most likely:", "", *dict.fromkeys(notes)] if notes else [])]
+        )
 
 
-def write_readme(readme: Path, results: Path) -> None:
-    """Put the table between its two marks."""
+def write_readme(readme: Path, results: Path, titles: Mapping[str, str]) -> None:
+    """Put the table between its two marks, and below it the ``titles`` of methods that have not been measured."""
     before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
-    readme.write_text(f"{before}{BEGIN}\n{Report.load(results).markdown()}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    found = Report.load(results)
+    missing = [title for name, title in titles.items() if name not in found.methods]
+    table = found.markdown() + (f"\n\nNot measured yet: {', '.join(missing)}." if missing else "")
+    readme.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
 def _method(method: Any, results: Results) -> dict[str, Any]:
