@@ -64,6 +64,10 @@ class GuidancePolicy:
             raise ValueError(f"Guidance policy: {name} has {len(weights)} choices for {setting.steps} steps.")
         return cls(setting, weights)
 
+    def save(self, path: Path) -> None:
+        """Write a JSON file."""
+        path.write_text(self.to_json(), encoding="utf-8")
+
     @classmethod
     def load(cls, path: Path) -> GuidancePolicy:
         """From a JSON file."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import folder_paths
@@ -35,6 +36,14 @@ def existing(file: str) -> Path:
     return Path(folder_paths.get_full_path_or_raise(FOLDER, file))
 
 
+def saved(filename_prefix: str, suffix: str, save: Callable[[Path], None]) -> io.NodeOutput:
+    """A save node's output: the name of the new file that ``save`` has written."""
+    path = fresh(filename_prefix, suffix)
+    save(path)
+    name = str(path.relative_to(folder_paths.get_folder_paths(FOLDER)[0]))
+    return io.NodeOutput(name, ui={"text": (name,)})
+
+
 def fresh(filename_prefix: str, suffix: str) -> Path:
     """A path that no file has yet. Raises ValueError for one outside of the folder."""
     root = folder_paths.get_folder_paths(FOLDER)[0]
@@ -42,11 +51,6 @@ def fresh(filename_prefix: str, suffix: str) -> Path:
         raise ValueError(f"filename_prefix {filename_prefix!r} leads out of models/{FOLDER}; give a name inside of it.")
     folder, name, counter, *_ = folder_paths.get_save_image_path(filename_prefix, root)
     return Path(folder) / f"{name}_{counter:05}_{suffix}"
-
-
-def name_of(path: Path) -> str:
-    """A new file as the list of files has it."""
-    return str(path.relative_to(folder_paths.get_folder_paths(FOLDER)[0]))
 
 
 def fingerprint(file: str) -> str:

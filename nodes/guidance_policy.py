@@ -103,9 +103,7 @@ class LodestarSavePolicy(io.ComfyNode):
     @classmethod
     def execute(cls, policy: GuidancePolicy, filename_prefix: str) -> io.NodeOutput:
         """Never overwrites a file."""
-        path = guidance_files.fresh(filename_prefix, SUFFIX)
-        path.write_text(policy.to_json(), encoding="utf-8")
-        return io.NodeOutput(guidance_files.name_of(path), ui={"text": (guidance_files.name_of(path),)})
+        return guidance_files.saved(filename_prefix, SUFFIX, policy.save)
 
 
 class LodestarLoadPolicy(io.ComfyNode):

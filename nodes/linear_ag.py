@@ -108,9 +108,7 @@ class LodestarSaveCoefficients(io.ComfyNode):
     @classmethod
     def execute(cls, coefficients: Coefficients, filename_prefix: str) -> io.NodeOutput:
         """Never overwrites a file."""
-        path = guidance_files.fresh(filename_prefix, SUFFIX)
-        coefficients.save(path)
-        return io.NodeOutput(guidance_files.name_of(path), ui={"text": (guidance_files.name_of(path),)})
+        return guidance_files.saved(filename_prefix, SUFFIX, coefficients.save)
 
 
 class LodestarLoadCoefficients(io.ComfyNode):

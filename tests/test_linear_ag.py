@@ -332,16 +332,7 @@ def test_interrupted_fits_and_runs_leave_nothing(host, moment):
 
     model = tools.tiny("unet")
     before = fitted(model)
-    calls = []
-
-    def network(apply_model, args):
-        calls.append(1)
-        if len(calls) == moment:
-            management.interrupt_current_processing()
-        return apply_model(args["input"], args["timestep"], **args["c"])
-
-    stopping = model.clone()
-    stopping.set_model_unet_function_wrapper(network)
+    stopping, calls = tools.interrupted_at(model, moment)
     with pytest.raises(management.InterruptProcessingException):
         fitted(stopping)
     assert len(calls) == moment

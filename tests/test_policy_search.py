@@ -291,16 +291,7 @@ def test_an_interrupted_search_leaves_nothing(search, moment):
     with torch.inference_mode():
         model = tools.tiny("unet")
     before = tools.sample(model)
-    calls = []
-
-    def network(apply_model, args):
-        calls.append(1)
-        if len(calls) == moment:
-            management.interrupt_current_processing()
-        return apply_model(args["input"], args["timestep"], **args["c"])
-
-    stopping = model.clone()
-    stopping.set_model_unet_function_wrapper(network)
+    stopping, _ = tools.interrupted_at(model, moment)
     with torch.inference_mode(), pytest.raises(management.InterruptProcessingException):
         search.search(runs(stopping), 2, 0.1)
     assert tools.sample(model).equal(before)

@@ -202,6 +202,21 @@ def with_wrapper(model: Any, kind: str, wrapper: Callable) -> Any:
     return clone
 
 
+def interrupted_at(model: Any, moment: int) -> tuple[Any, list[int]]:
+    """The model with a run that the user cancels in its ``moment``-th call, and a list that grows with every call."""
+    calls: list[int] = []
+
+    def network(apply_model: Callable, args: dict[str, Any]) -> Tensor:
+        calls.append(1)
+        if len(calls) == moment:
+            comfy.model_management.interrupt_current_processing()
+        return apply_model(args["input"], args["timestep"], **args["c"])
+
+    stopping = model.clone()
+    stopping.set_model_unet_function_wrapper(network)
+    return stopping, calls
+
+
 @contextlib.contextmanager
 def counted(*models: Any) -> Iterator[list[int]]:
     """The rows of every forward pass of the models' networks, counted by torch and not by us."""

@@ -64,11 +64,13 @@ class Cell:
     """How pictures are made. ``make`` is a function of this pack, called with a Batch and the settings; its code is part of the hash.
 
     label: what a reader of the tables calls it.
+    prepare: called with the settings first; what a picture costs does not include it.
     """
 
     label: str
     make: Callable[..., Tensor]
     settings: tuple[tuple[str, Any], ...] = ()
+    prepare: Callable[..., object] | None = None
 
     def key(self, samples: int) -> str:
         """Hash of everything that the pictures depend on."""
@@ -177,6 +179,9 @@ class Cache:
 
     def make(self, cell: Cell) -> Iterator[int]:
         """Make the cell and keep it; yields how many pictures were added each time."""
+        if cell.prepare is not None:
+            with torch.inference_mode():
+                cell.prepare(**dict(cell.settings))
         pictures, rows, flops, seconds = [], 0, 0.0, 0.0
         for number, scenes in enumerate(split(scenes_for(self.samples), self.batch)):
             batch = Batch(scenes, SEED + 1 + number)

@@ -16,19 +16,20 @@ NFE = 30  # of the two it is compared with
 WHY = "20 and 15 Euler steps end in nearly the same picture with models this small, so that dropping steps costs next to nothing"
 
 
-def adaptive(model: str) -> Cell:
+def adaptive(model: str, threshold: float = THRESHOLD) -> Cell:
     """AG."""
-    return guided(model, f"AG {THRESHOLD:g}", SCALE, node("LodestarAdaptiveGuidance", threshold=THRESHOLD))
+    return guided(model, f"AG {threshold:g}", SCALE, node("LodestarAdaptiveGuidance", threshold=threshold))
 
 
-def fewer_steps(model: str) -> Cell:
-    """CFG in all of fewer steps."""
-    return guided(model, f"CFG, {NFE // 2} steps", SCALE, steps=NFE // 2)
+def fewer_steps(model: str, nfe: int = NFE) -> Cell:
+    """CFG in all of fewer steps, with one evaluation more where ``nfe`` is odd."""
+    steps = (nfe + 1) // 2
+    return guided(model, f"CFG, {steps} steps", SCALE, steps=steps)
 
 
-def step_ag(model: str) -> Cell:
+def step_ag(model: str, nfe: int = NFE) -> Cell:
     """CFG in the first steps alone, the same for every picture. Both models' schedules have step i at a share of about i / 19.5."""
-    first = NFE - STEPS
+    first = nfe - STEPS
     interval = node("LodestarGuidanceInterval", end_percent=(first - 0.5) / (STEPS - 0.5))
     return guided(model, f"CFG in the first {first} steps", SCALE, interval)
 

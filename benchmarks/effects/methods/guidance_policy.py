@@ -15,15 +15,16 @@ from ..cells import Batch, Cell
 from ..claims import Claim, Results
 from ..metrics import ACCURACY, FRECHET, similarity_to
 from . import Curve, Method, cfg
-from .adaptive_guidance import adaptive, step_ag
-from .linear_ag import SCALE, STEPS, runs_to_learn_from, with_model
+from .adaptive_guidance import SCALE, STEPS, adaptive, step_ag
+from .linear_ag import runs_to_learn_from, with_model
 
 ITERATIONS, TOGETHER, COST_WEIGHT = 40, 2, 0.05
 
 
 def searched(batch: Batch, *, model: str, cfg: float, steps: int) -> Tensor:
     """Pictures [B, 3, H, W] in [0, 1] by KSampler with a policy that was searched on other captions and other noise."""
-    return with_model(batch, LodestarGuidancePolicy.execute(batch.model(model), policy(model, cfg, steps)).result[0], model, cfg, steps)
+    found = policy(model=model, cfg=cfg, steps=steps)
+    return with_model(batch, LodestarGuidancePolicy.execute(batch.model(model), found).result[0], model, cfg, steps)
 
 
 @cache
@@ -34,7 +35,7 @@ def policy(model: str, cfg: float, steps: int) -> GuidancePolicy:
 
 def ours(model: str) -> Cell:
     """The searched policy."""
-    return Cell("searched policy", searched, (("model", model), ("cfg", SCALE), ("steps", STEPS)))
+    return Cell("searched policy", searched, (("model", model), ("cfg", SCALE), ("steps", STEPS)), policy)
 
 
 def claims(results: Results) -> list[Claim]:

@@ -18,19 +18,21 @@ from lodestar.guiders.linear_ag_fit import fit
 from lodestar.guiders.trajectories import Runs
 from lodestar.nodes.linear_ag import LodestarLinearAG
 
-from ..cells import Batch, Cell, decoded, guided, node
+from ..cells import Batch, Cell, decoded
 from ..claims import Claim, Results
 from ..metrics import ACCURACY, FRECHET, similarity_to
 from . import Curve, Method, cfg
+from .adaptive_guidance import SCALE, STEPS, adaptive, fewer_steps, step_ag
 
-SCALE, STEPS, NFE = 4.0, 20, 25
+NFE = 25
 TRAJECTORIES, TOGETHER, SEED = 100, 20, 1000
 AG_THRESHOLD = 0.991  # about NFE evaluations with both models: see benchmarks/gamma.py
 
 
 def linear(batch: Batch, *, model: str, cfg: float, steps: int) -> Tensor:
     """Pictures [B, 3, H, W] in [0, 1] by KSampler with LinearAG, fitted on other captions and other noise."""
-    return with_model(batch, LodestarLinearAG.execute(batch.model(model), coefficients(model, cfg, steps)).result[0], model, cfg, steps)
+    fitted = coefficients(model=model, cfg=cfg, steps=steps)
+    return with_model(batch, LodestarLinearAG.execute(batch.model(model), fitted).result[0], model, cfg, steps)
 
 
 def with_model(batch: Batch, patcher: Any, model: str, cfg: float, steps: int) -> Tensor:
@@ -69,24 +71,12 @@ def runs_to_learn_from(model: str, cfg: float, steps: int, number: int, together
 
 def ours(model: str) -> Cell:
     """LinearAG."""
-    return Cell("LinearAG", linear, (("model", model), ("cfg", SCALE), ("steps", STEPS)))
+    return Cell("LinearAG", linear, (("model", model), ("cfg", SCALE), ("steps", STEPS)), coefficients)
 
 
-def adaptive(model: str) -> Cell:
-    """AG with as many evaluations."""
-    return guided(model, f"AG {AG_THRESHOLD:g}", SCALE, node("LodestarAdaptiveGuidance", threshold=AG_THRESHOLD))
-
-
-def fewer_steps(model: str) -> Cell:
-    """CFG in all of fewer steps, with one evaluation more."""
-    return guided(model, f"CFG, {NFE // 2 + 1} steps", SCALE, steps=NFE // 2 + 1)
-
-
-def step_ag(model: str) -> Cell:
-    """CFG in the first steps alone."""
-    first = NFE - STEPS
-    interval = node("LodestarGuidanceInterval", end_percent=(first - 0.5) / (STEPS - 0.5))
-    return guided(model, f"CFG in the first {first} steps", SCALE, interval)
+def others(model: str) -> tuple[Cell, ...]:
+    """The other ways to spend as much."""
+    return adaptive(model, AG_THRESHOLD), step_ag(model, NFE), fewer_steps(model, NFE)
 
 
 def claims(results: Results) -> list[Claim]:
@@ -95,7 +85,7 @@ def claims(results: Results) -> list[Claim]:
     for model in MODELS:
         plain = cfg(model, SCALE)
         ssim = similarity_to(results.pictures(plain), f"{STEPS} steps of CFG")
-        for other in (fewer_steps(model), step_ag(model), adaptive(model)):
+        for other in others(model):
             nfe = " against ".join(f"{results.made(cell).nfe:.1f}" for cell in (ours(model), other))
             rows.append(Claim(f"closer to the CFG picture than {other.label} ({nfe} NFE)", ours(model), other, ssim))
         rows.append(Claim("captions are followed as well as by CFG", ours(model), plain, ACCURACY, 0.02))
@@ -104,7 +94,7 @@ def claims(results: Results) -> list[Claim]:
 
 def cells(model: str) -> tuple[Cell, ...]:
     """What is compared, in the order of the axis."""
-    return cfg(model, SCALE), ours(model), adaptive(model), step_ag(model), fewer_steps(model)
+    return cfg(model, SCALE), ours(model), *others(model)
 
 
 METHOD = Method(
