@@ -22,16 +22,21 @@ def rows_of(output):
 def test_cost(host, capsys, model):
     from lodestar.benchmarks import cost
 
-    assert cost.main(["--steps", "1", "--models", model]) == 0
+    steps, batch = 4, 2
+    assert cost.main(["--steps", f"{steps}", "--batch", f"{batch}", "--models", model]) == 0
     rows = rows_of(capsys.readouterr().out)
-    calls, batch = {name: row[0] for name, row in rows.items()}, cost.BATCH
+    calls = {name: row[0] for name, row in rows.items()}
     assert rows["conditional (cfg 1)"] == [1, batch, 1, 1]
     assert rows["CFG"][:3] == rows["APG"][:3] == [1, 2 * batch, 2]
     assert rows["CFG + PAG"][:3] == rows["APG + PAG"][:3] == [1, 3 * batch, 3]
     assert rows["CFG + PAG + autoguidance"][:3] == [2, 4 * batch, 4]
     assert rows["CFG++"] == rows["CFG++ at lambda 1"] == rows["CFG"]
     assert rows["CFG + PAG"][3] <= 3.0 < rows["CFG + PAG + autoguidance"][3] < 3.5
-    assert rows["AG, threshold 0.99"][:3] == [1, 2 * batch, 2]
+    assert rows["LinearAG"] == pytest.approx([1, 1.25 * batch, 1.25, 1.25], abs=0.01)  # 2, 1, 1, 1
+    assert rows["a policy: CFG in half of the steps"] == pytest.approx([1, 1.5 * batch, 1.5, 1.5], abs=0.01)
+    for threshold in (0.99, 0.998):
+        _, made, nfe, flops = rows[f"AG, threshold {threshold}"]
+        assert nfe < 2 and made == pytest.approx(nfe * batch, abs=0.02) and flops == pytest.approx(nfe, rel=0.01)
     host_pag = next(name for name in rows if name.startswith("host: CFG + PAG"))
     assert calls[host_pag] == 2
     assert ("(no effect)" in host_pag) == (model == "mmdit")
