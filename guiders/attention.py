@@ -105,9 +105,14 @@ def _rows(mask: Tensor | float, part: slice) -> Tensor | float:
 # --- rows of a fused batch -------------------------------------------------------------------------------------------
 
 
+def chunks_left(options: dict[str, Any], chunks: int) -> Sequence[int]:
+    """Which of the forward pass's chunks a call of the attention function was given."""
+    return options.get(_CHUNKS, range(chunks))
+
+
 def _flags(options: dict[str, Any], perturbed: Sequence[bool]) -> list[bool]:
     """``perturbed`` for the chunks that are left in the batch."""
-    return [perturbed[i] for i in options.get(_CHUNKS, range(len(perturbed)))]
+    return [perturbed[i] for i in chunks_left(options, len(perturbed))]
 
 
 def _take(x: Tensor, flags: Sequence[bool]) -> Tensor:
@@ -213,7 +218,7 @@ class _OverriddenAttention:
     def __call__(self, func: Callable, *args: Any, **kwargs: Any) -> Tensor:
         """The host's call of an attention override: ``func`` is the attention function, the rest are its arguments."""
         ordinary = func if self.previous is None else partial(self.previous, func)
-        call = _Call.of(ordinary, *args, **kwargs)
+        call = Call.of(ordinary, *args, **kwargs)
         flags = _flags(call.options["transformer_options"], self.perturbed)
         found = self._own(call)
         if found is None or not any(flags):
@@ -223,7 +228,7 @@ class _OverriddenAttention:
         keep = [not flag for flag in flags]
         return _merge(call.rows(keep)(), self._identity(call.rows(flags), *found), flags)
 
-    def _own(self, call: _Call) -> tuple[int, slice] | None:
+    def _own(self, call: Call) -> tuple[int, slice] | None:
         """In the self-attention of a chosen block: the number of text tokens, and where the queries are among the keys."""
         options, (queries, keys) = call.options["transformer_options"], call.lengths
         if self.architecture.hook != "block":
@@ -247,7 +252,7 @@ class _OverriddenAttention:
         image_only = queries == self.block.image
         return 0 if image_only else options.get("img_slice", (self.text,))[0], slice(None)
 
-    def _identity(self, call: _Call, text: int, own: slice) -> Tensor:
+    def _identity(self, call: Call, text: int, own: slice) -> Tensor:
         """The perturbed rows: V, or, after the text tokens of a joint attention, the masked form."""
         q, k, v = call.by_head()
         if not (self.masked and text):
@@ -279,7 +284,7 @@ class _RunningBlock:
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """One call of the attention function: q, k, v [B, N, H*d] or, with skip_reshape, [B, H, N, d]; k, v maybe fewer heads."""
 
     func: Callable
@@ -294,7 +299,7 @@ class _Call:
     @classmethod
     def of(
         cls, func: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Any = None, attn_precision: Any = None, **kw: Any
-    ) -> _Call:
+    ) -> Call:
         """The host's signature; a mask [N, N], [B, N, N] or [B, H, N, N] gets all its dimensions."""
         if mask is not None and mask.ndim < 4:
             mask = mask[None, None] if mask.ndim == 2 else mask[:, None]
@@ -319,14 +324,14 @@ class _Call:
         """Numbers of queries and keys."""
         return self.q.shape[self.tokens], self.k.shape[self.tokens]
 
-    def rows(self, flags: Sequence[bool]) -> _Call:
+    def rows(self, flags: Sequence[bool]) -> Call:
         """The call for the flagged chunks of the batch alone."""
         q, k, v = (_take(x, flags) for x in (self.q, self.k, self.v))
         mask = self.mask if self.mask is None or len(self.mask) == 1 else _take(self.mask, flags)
         options = {**self.options, "transformer_options": _narrowed(self.options["transformer_options"], flags)}
         return replace(self, q=q, k=k, v=v, mask=mask, options=options)
 
-    def text_queries(self, text: int) -> _Call:
+    def text_queries(self, text: int) -> Call:
         """The call for the first ``text`` queries alone."""
         mask = self.mask if self.mask is None or self.mask.shape[-2] == 1 else self.mask[..., :text, :]
         return replace(self, q=self.q.narrow(self.tokens, 0, text), mask=mask)

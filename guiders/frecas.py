@@ -129,7 +129,9 @@ class Cascade:
             size = {"low_height": small.height // pixels, "low_width": small.width // pixels}
             model = attach(model, FrequencyGuidance(low_scale=self.cfg, high_scale=self.high_scale, **size))
         collect = maps[index] if index < len(self.stages) - 1 else None
-        return with_maps(model, self.map_weight, use=maps[index - 1] if index else None, collect=collect)
+        first, stage = self.stages[0], self.stages[index]
+        area = stage.width * stage.height / (first.width * first.height)
+        return with_maps(model, self.map_weight, maps[index - 1] if index else None, collect, area)
 
 
 def first_sigmas(model: Any, scheduler: str, stage: Stage) -> Tensor:

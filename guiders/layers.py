@@ -101,6 +101,13 @@ def cross_attention_blocks(diffusion_model: Any) -> list[tuple[str, int, int]]:
     return [place for place, inner, video in _unet_blocks(diffusion_model) if inner.attn2 is not None and not video]
 
 
+def joint_patch_size(diffusion_model: Any) -> int | None:
+    """The patch size of an SD3 transformer, whose attention is joint, text first; None for other models."""
+    if not any(cls.__name__ == "OpenAISignatureMMDITWrapper" for cls in type(diffusion_model).__mro__):
+        return None
+    return diffusion_model.patch_size
+
+
 # --- what a model has ------------------------------------------------------------------------------------------------
 
 

@@ -72,7 +72,7 @@ class LodestarFreCaS(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "map_weight", default=0.6, min=0.0, max=1.0, step=0.05,
-                    tooltip="Share of the previous stage's cross-attention maps, which keep the layout. UNets only. Paper: 0.4 to 0.6.",
+                    tooltip="Share of the previous stage's cross-attention maps, which keep the layout. UNets and SD3. Paper: 0.4 to 0.6.",
                 ),
                 _resize(),
                 io.Int.Input("batch_size", default=1, min=1, max=4096, tooltip="Pictures at once, where no latent is connected."),

@@ -89,7 +89,7 @@ def test_maps_are_kept_apart_and_cleared():
 
 def mixed(weight, use=None, collect=None, previous=None, q=None, k=None, v=None, keys=("a",), heads=2):
     """One layer's attention with maps."""
-    attention = maps._MixedAttention(maps._Reuse(weight, use, collect, []), previous, keys, [collect is not None] * len(keys), None)
+    attention = maps._MixedAttention(maps.Chunks(use, collect, keys, [collect is not None] * len(keys), None), weight, previous)
     return attention(q, k, v, {"activations_shape": [len(q), 8, 3, 4], "n_heads": heads, "attn_precision": None})
 
 
@@ -124,6 +124,44 @@ def test_another_packs_replacement_is_mixed_with(host):
     torch.testing.assert_close(out, 0.75 * 7 * q + 0.25 * grid @ v)
 
 
+def joint(q, k, v, use=None, collect=None, keys=("a",), weight=0.5, previous=None):
+    """One joint attention with maps: 3 text tokens, then 2 x 4 of a picture."""
+    from comfy.ldm.modules.attention import optimized_attention
+
+    attention = maps._AddedMaps(maps.Chunks(use, collect, keys, [collect is not None] * len(keys), None), weight, (2, 4), previous)
+    return attention(optimized_attention, q, k, v, 2, transformer_options={})
+
+
+def test_joint_attention_gets_the_authors_term(host):
+    q, k, v = (random(4, 3 + 8, 8, seed=seed) for seed in range(3))
+    store, grids = Maps(), random(2, 2, 8, 3, seed=3).softmax(-1)
+    for key, grid in zip(("a", "b"), grids, strict=True):
+        store.add(key, (2, 4), grid)
+    split = lambda x: x.double().reshape(4, -1, 2, 4).transpose(1, 2)  # noqa: E731
+    expected = ((split(q) @ split(k).mT / 2).softmax(-1) @ split(v)).transpose(1, 2).reshape(4, 11, 8)
+    expected[:, 3:] += 0.5 * 3 * grids.flatten(0, 1).double() @ v[:, :3].double()
+    torch.testing.assert_close(joint(q, k, v, store, keys=("a", "b")).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_joint_maps_are_a_softmax_over_the_text_alone(host):
+    q, k, v = (random(2, 3 + 8, 8, seed=seed) for seed in range(3))
+    store = Maps()
+    plain = joint(q, k, v, collect=store)
+    split = lambda x: x.double().reshape(2, -1, 2, 4).transpose(1, 2)  # noqa: E731
+    expected = (split(q)[:, :, 3:] @ split(k)[:, :, :3].mT / 2).softmax(-1).mean(1)
+    torch.testing.assert_close(store.at("a", (2, 4), 3, q).double(), expected, rtol=1e-5, atol=1e-6)
+    other = joint(q, k, v, store, previous=lambda func, *args, **kwargs: 7 * func(*args, **kwargs))
+    torch.testing.assert_close(other - 7 * plain, joint(q, k, v, store) - plain, rtol=1e-4, atol=1e-5)
+
+
+def test_other_attention_of_the_network_is_left_alone(host):
+    """The picture's own attention (SD3.5 medium) and attention to something else."""
+    q, k, v = (random(2, 8, 8, seed=seed) for seed in range(3))
+    assert joint(q, k, v, collect=Maps()).equal(joint(q, k, v))
+    k, v = (random(2, 11, 8, seed=seed) for seed in range(2))
+    assert joint(q, k, v, collect=Maps()).equal(joint(q, k, v))
+
+
 def run(model, weight, use, collect, **more):
     """A sampling run of 4 steps with maps, and whether cross-attention was replaced in each of its forward passes."""
     import tools
@@ -133,7 +171,7 @@ def run(model, weight, use, collect, **more):
 
     def spy(executor, *args, **kwargs):
         options = kwargs["transformer_options"] if "transformer_options" in kwargs else args[5]
-        seen.append(bool(options.get("patches_replace", {}).get("attn2")))
+        seen.append(bool(options.get("patches_replace", {}).get("attn2")) or "optimized_attention_override" in options)
         return executor(*args, **kwargs)
 
     model = maps.with_maps(tools.attach(model), weight, use, collect)
@@ -141,27 +179,32 @@ def run(model, weight, use, collect, **more):
     return result, seen
 
 
+LAYERS = {"unet": {(16, 16): 3, (8, 8): 5}, "mmdit": {(8, 8): 3}}
+
+
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m_sde"])
-def test_maps_are_collected_in_the_last_evaluation_alone(host, sampler):
+@pytest.mark.parametrize("kind", LAYERS)
+def test_maps_are_collected_in_the_last_evaluation_alone(host, kind, sampler):
     import tools
 
-    model, store = tools.tiny("unet"), Maps()
+    model, store = tools.tiny(kind), Maps()
     result, seen = run(model, 0.5, None, store, sampler=sampler)
     assert seen == [*[False] * (len(seen) - 1), True]
     assert result.equal(tools.sample(model, steps=4, sampler=sampler))
     assert [key[1] for key in store._layers] in ([("positive", 0), ("negative", 0)], [("negative", 0), ("positive", 0)])
     for layers in store._layers.values():
-        assert {size: count for size, (_, count) in layers.items()} == {(16, 16): 3, (8, 8): 5}
+        assert {size: count for size, (_, count) in layers.items()} == LAYERS[kind]
         for total, count in layers.values():
             torch.testing.assert_close(total.sum(1), torch.full_like(total[:, 0], count))
 
 
-def test_maps_are_mixed_in_every_evaluation_of_the_next_stage(host):
+@pytest.mark.parametrize("kind", LAYERS)
+def test_maps_are_mixed_in_every_evaluation_of_the_next_stage(host, kind):
     import tools
 
-    model, store = tools.tiny("unet"), Maps()
+    model, store = tools.tiny(kind), Maps()
     run(model, 0.5, None, store)
-    latent = torch.zeros(1, 4, 24, 32)
+    latent = tools.empty_latent(model)[..., :1, :1].repeat(1, 1, 24, 32)
     result, seen = run(model, 0.5, store, None, latent=latent)
     assert all(seen) and result.isfinite().all()
     assert not tools.close(result, tools.sample(model, steps=4, latent=latent), 1e-3)
@@ -174,7 +217,7 @@ def test_no_weight_or_no_cross_attention_is_no_patch(host, kind):
     model = tools.attach(tools.tiny(kind))
     assert maps.with_maps(model, 0.0, Maps(), Maps()) is model
     assert maps.with_maps(model, 0.5, None, None) is model
-    assert (maps.with_maps(model, 0.5, Maps(), None) is model) == (kind != "unet")
+    assert (maps.with_maps(model, 0.5, Maps(), None) is model) == (kind == "wan")
 
 
 def test_maps_of_every_entry_and_branch(host):
@@ -193,14 +236,15 @@ def test_maps_of_every_entry_and_branch(host):
     assert all(seen) and not tools.close(result, tools.sample(model, steps=4, **conds), 1e-3)
 
 
-def test_the_perturbed_branch_uses_the_maps_of_the_positive_one(host):
+@pytest.mark.parametrize("kind", LAYERS)
+def test_the_perturbed_branch_uses_the_maps_of_the_positive_one(host, kind):
     """PAG measures what broken self-attention does, and not what the maps do: where nothing is broken the difference is 0."""
     import tools
 
     from lodestar.guiders.attention import IdentityAttention
     from lodestar.guiders.pag import PAG
 
-    model, store = tools.tiny("unet"), Maps()
+    model, store = tools.tiny(kind), Maps()
     run(model, 0.5, None, store)
     unbroken = tools.guided(model, PAG(perturbation=IdentityAttention(()), scale=3.0))
     assert tools.close(run(unbroken, 0.5, store, None)[0], run(model, 0.5, store, None)[0], 1e-4)
