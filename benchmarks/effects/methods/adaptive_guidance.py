@@ -13,7 +13,11 @@ SCALE, STEPS = 4.0, 20
 THRESHOLD = 0.998  # between 28 and 30 of 40 evaluations: see bench gamma
 NFE = 30  # of the two it is compared with
 
-WHY = "20 and 15 Euler steps end in nearly the same picture with models this small, so that dropping steps costs next to nothing"
+WHY = (
+    "20 and 15 Euler steps end in nearly the same picture with models this small, so that dropping steps costs next to nothing. The fewer "
+    "steps there are, the more each counts, and the closer AG comes (SSIM of 32 pictures to as many steps of CFG, unet, cfg 7.5: "
+    "of 20 steps AG 0.892 with 27 NFE, fewer steps 0.990 with 28; of 8 steps 0.922 and 0.920 with 12)."
+)
 
 
 def adaptive(model: str, threshold: float = THRESHOLD) -> Cell:

@@ -22,7 +22,7 @@ from ..cells import Batch, Cell, decoded
 from ..claims import Claim, Results
 from ..metrics import ACCURACY, FRECHET, similarity_to
 from . import Curve, Method, cfg
-from .adaptive_guidance import SCALE, STEPS, adaptive, fewer_steps, step_ag
+from .adaptive_guidance import SCALE, STEPS, WHY, adaptive, fewer_steps, step_ag
 
 NFE = 25
 TRAJECTORIES, TOGETHER, SEED = 100, 20, 1000
@@ -87,7 +87,7 @@ def claims(results: Results) -> list[Claim]:
         ssim = similarity_to(results.pictures(plain), f"{STEPS} steps of CFG")
         for other in others(model):
             nfe = " against ".join(f"{results.made(cell).nfe:.1f}" for cell in (ours(model), other))
-            rows.append(Claim(f"closer to the CFG picture than {other.label} ({nfe} NFE)", ours(model), other, ssim))
+            rows.append(Claim(f"closer to the CFG picture than {other.label} ({nfe} NFE)", ours(model), other, ssim, why=WHY))
         rows.append(Claim("captions are followed as well as by CFG", ours(model), plain, ACCURACY, 0.02))
     return rows
 
