@@ -1,9 +1,13 @@
-"""Pictures for the host's template browser: ``python run.py python demo/thumbnails.py`` runs every workflow and writes its ``.jpg``."""
+"""Pictures for the host's template browser: ``python run.py python demo/thumbnails.py`` runs every workflow and writes its ``.jpg``.
+
+Names of workflows after it: these alone.
+"""
 
 from __future__ import annotations
 
 import io
 import json
+import sys
 
 from PIL import Image
 from tqdm import tqdm
@@ -20,7 +24,8 @@ def main() -> None:
     """Write all thumbnails."""
     with server() as url:
         client = api.Client(url)
-        for path in tqdm(sorted(WORKFLOWS.glob("*.json")), unit="workflow"):
+        chosen = [WORKFLOWS / f"{name}.json" for name in sys.argv[1:]] or sorted(WORKFLOWS.glob("*.json"))
+        for path in tqdm(chosen, unit="workflow"):
             prompt = api.to_prompt(json.loads(path.read_text(encoding="utf-8")), client.node_types)
             outputs = client.run(prompt)
             node = sorted(api.find(prompt, "PreviewImage"), key=int)[-1 if path.stem in CURVES else 0]
