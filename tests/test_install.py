@@ -57,9 +57,13 @@ def repository(tmp_path_factory):
 @pytest.fixture(scope="module")
 def comfy(tmp_path_factory):
     """A ComfyUI of one's own: a copy of the host."""
-    folder = tmp_path_factory.mktemp("host") / "ComfyUI"
-    unwanted = ("__pycache__", "tests", "tests-unit", ".git", "custom_nodes", "models", "input", "output", "user", "temp")
-    shutil.copytree(os.environ["COMFYUI_PATH"], folder, ignore=shutil.ignore_patterns(*unwanted))
+    host, folder = Path(os.environ["COMFYUI_PATH"]), tmp_path_factory.mktemp("host") / "ComfyUI"
+    own = ("tests", "tests-unit", ".git", "custom_nodes", "models", "input", "output", "user", "temp")
+
+    def left_out(place: str, names: list[str]) -> list[str]:
+        return [name for name in names if name == "__pycache__" or (Path(place) == host and name in own)]
+
+    shutil.copytree(host, folder, ignore=left_out)
     for name in ("custom_nodes", "models/checkpoints", "input", "output", "user", "temp"):
         (folder / name).mkdir(parents=True)
     return folder
@@ -123,7 +127,7 @@ def check_that_it_works(comfy):
 
 def files(comfy):
     """Everything in a ComfyUI but what any run of it leaves."""
-    passing = ("__pycache__", "user", "temp", "output")
+    passing = ("__pycache__", "user", "temp", "input", "output")
     return {path for path in comfy.rglob("*") if not set(passing) & set(path.relative_to(comfy).parts)}
 
 
