@@ -1,9 +1,15 @@
 """Compare Guidance: every picture is KSampler's own, every refusal names its column, labels are written in any script."""
 
+# ruff: noqa: F811
 from __future__ import annotations
+
+import json
+from pathlib import Path
 
 import pytest
 import torch
+from test_browser import page, url  # noqa: F401
+from test_browser import pytestmark as needs_browser
 
 SETTINGS = {"seed": 7, "steps": 3, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
 BATCH = 2
@@ -268,3 +274,34 @@ def test_one_progress_bar_over_all_columns(demo, guided):
     values = [value for value, _ in seen]
     assert values == sorted(set(values)) and values[-1] == 9 and len(values) >= 3  # newer hosts leave out what comes too fast
     assert {total for _, total in seen} == {9}
+
+
+# --- the front end ---------------------------------------------------------------------------------------------------
+
+
+@needs_browser
+def test_sockets_grow_as_they_are_connected(page):
+    workflow = json.loads((Path(__file__).parents[1] / "workflows" / "compare.json").read_text(encoding="utf-8"))
+    before, after, reloaded, sent = page.evaluate(
+        """async workflow => {
+            const sockets = () => {
+                const compare = app.graph.nodes.find(node => node.type === 'LodestarCompare');
+                return compare.inputs.filter(input => input.name.startsWith('models.')).map(input => [input.name, input.link != null]);
+            };
+            await app.loadGraphData(workflow);
+            const before = sockets();
+            const compare = app.graph.nodes.find(node => node.type === 'LodestarCompare');
+            app.graph.nodes.find(node => node.type === 'LodestarPAG').connect(0, compare, before.at(-1)[0]);
+            await new Promise(resolve => setTimeout(resolve, 200));
+            const after = sockets();
+            await app.loadGraphData(app.graph.serialize());
+            const prompt = (await app.graphToPrompt()).output;
+            const inputs = Object.values(prompt).find(node => node.class_type === 'LodestarCompare').inputs;
+            return [before, after, sockets(), Object.keys(inputs)];
+        }""",
+        workflow,
+    )
+    assert before == [*([f"models.model{i}", True] for i in range(4)), ["models.model4", False]]
+    assert after == [*([f"models.model{i}", True] for i in range(5)), ["models.model5", False]] == reloaded
+    assert {f"models.model{i}" for i in range(5)} <= set(sent) and "models.model5" not in sent
+    assert not page.errors
