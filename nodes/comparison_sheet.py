@@ -43,42 +43,90 @@ def table(columns: Sequence[Column], settings: str) -> str:
         missing = unwritable(column.label)
         if missing:
             lines += ["", f"No font on this machine has {' '.join(missing)}, so the picture calls column {number} only by its number. "
-                          "Install a font that has them, such as Noto Sans CJK, and restart ComfyUI."]  # fmt: skip
+                          "Install a font that has them, such as one of the Noto fonts, and restart ComfyUI."]  # fmt: skip
     return "\n".join(lines)
 
 
 def draw(columns: Sequence[Column], settings: str) -> Tensor:
     """The grid as an IMAGE [1, H, W, 3]: a column for each model, a row for each image; pixels of the images are kept as they are."""
-    height, width = (max(column.images.shape[axis] for column in columns) for axis in (1, 2))
-    factor = max(1, _SMALLEST // max(height, width))
-    height, width = height * factor, width * factor
-    unit = max(width, 160) / 256  # labels grow with the cells
-    small, size, gap = (max(1, round(pixels * unit)) for pixels in (12, 15, 10))
-    heads = [wrapped(_shown(number, column.label), size, width) for number, column in enumerate(columns, 1)]
-    left, top = 3 * gap, 2 * gap + line_height(size)
-    below = top + max(head.count("\n") + 1 for head in heads) * line_height(size) + 3 * line_height(small) + gap
-    rows = max(len(column.images) for column in columns)
-    paper = Image.new("RGB", (left + len(columns) * (width + gap), below + rows * (height + gap)), _PAPER)
+    sheet = _Sheet.of(columns, settings)
+    paper = Image.new("RGB", sheet.size, _PAPER)
     pen = ImageDraw.Draw(paper)
-    write(pen, (left, gap), wrapped(settings, small, paper.width - left - gap).partition("\n")[0], small, _SOFT)
-    for number, (column, head) in enumerate(zip(columns, heads, strict=True)):
-        x = left + number * (width + gap)
-        write(pen, (x, top), head, size, _INK)
-        numbers = f"NFE {_number(column.nfe)}\n{column.seconds:.2f} s\nsaturation {column.saturation:.3f}"
-        write(pen, (x, top + (head.count("\n") + 1) * line_height(size)), numbers, small, _SOFT)
-    for row in range(rows):
-        write(pen, (gap, below + row * (height + gap)), str(row + 1), small, _SOFT)
+    write(pen, (sheet.left, sheet.gap), sheet.settings, sheet.small, _SOFT)
+    for number, (column, head) in enumerate(zip(columns, sheet.heads, strict=True)):
+        place = (sheet.x(number), sheet.top)
+        write(pen, place, head, sheet.large, _INK)
+        write(pen, (place[0], place[1] + _height(head, sheet.large)), _numbers(column), sheet.small, _SOFT)
+    for row in range(sheet.rows):
+        write(pen, (sheet.gap, sheet.y(row)), str(row + 1), sheet.small, _SOFT)
     grid = torch.from_numpy(np.asarray(paper, dtype=np.float32) / 255)
     for number, column in enumerate(columns):
-        _paste(grid, column.images, left + number * (width + gap), below, height + gap, factor)
+        for row, image in enumerate(column.images):
+            _paste(grid, image, sheet.x(number), sheet.y(row), sheet.factor)
     return grid[None]
 
 
-def _paste(grid: Tensor, images: Tensor, x: int, y: int, pitch: int, factor: int) -> None:
-    """Put one column's images [B, H, W, 3] into the grid [H', W', 3], every pixel ``factor`` times in both directions."""
-    for row, image in enumerate(images):
-        large = image[..., :3].repeat_interleave(factor, dim=0).repeat_interleave(factor, dim=1)
-        grid[y + row * pitch : y + row * pitch + large.shape[0], x : x + large.shape[1]] = large
+@dataclass(frozen=True)
+class _Sheet:
+    """Where everything is, in pixels. heads, settings: the texts in lines that fit. factor: how often a pixel of an image is repeated."""
+
+    heads: list[str]
+    settings: str
+    factor: int
+    cell: tuple[int, int]
+    rows: int
+    small: int
+    large: int
+    gap: int
+
+    @classmethod
+    def of(cls, columns: Sequence[Column], settings: str) -> _Sheet:
+        """Cells as large as the largest image, and texts that grow with them."""
+        height, width = (max(column.images.shape[axis] for column in columns) for axis in (1, 2))
+        factor = max(1, _SMALLEST // max(height, width))
+        cell = (width * factor, height * factor)
+        small, large, gap = (max(1, round(pixels * max(cell[0], 160) / 256)) for pixels in (12, 15, 10))
+        heads = [wrapped(_shown(number, column.label), large, cell[0]) for number, column in enumerate(columns, 1)]
+        told = wrapped(settings, small, len(columns) * (cell[0] + gap) - gap)
+        return cls(heads, told, factor, cell, max(len(column.images) for column in columns), small, large, gap)
+
+    @property
+    def left(self) -> int:
+        """Beside the numbers of the rows."""
+        return 3 * self.gap
+
+    @property
+    def top(self) -> int:
+        """Below the settings."""
+        return 2 * self.gap + _height(self.settings, self.small)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Of the whole."""
+        return self.x(len(self.heads)), self.y(self.rows)
+
+    def x(self, number: int) -> int:
+        """Left edge of a column."""
+        return self.left + number * (self.cell[0] + self.gap)
+
+    def y(self, row: int) -> int:
+        """Upper edge of a row, below all heads."""
+        heads = max(_height(head, self.large) for head in self.heads) + 3 * line_height(self.small)
+        return self.top + heads + self.gap + row * (self.cell[1] + self.gap)
+
+
+def _height(text: str, size: int) -> int:
+    return (text.count("\n") + 1) * line_height(size)
+
+
+def _numbers(column: Column) -> str:
+    return f"NFE {_number(column.nfe)}\n{column.seconds:.2f} s\nsaturation {column.saturation:.3f}"
+
+
+def _paste(grid: Tensor, image: Tensor, x: int, y: int, factor: int) -> None:
+    """Put an image [H, W, 3] into the grid [H', W', 3], every pixel ``factor`` times in both directions."""
+    large = image[..., :3].repeat_interleave(factor, dim=0).repeat_interleave(factor, dim=1)
+    grid[y : y + large.shape[0], x : x + large.shape[1]] = large
 
 
 def _shown(number: int, label: str) -> str:
