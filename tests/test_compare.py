@@ -115,7 +115,7 @@ def test_the_table_holds_what_the_logs_and_pictures_say(demo, guided):
     picture, table = compare(demo, guided)
     told = numbers(table)
     assert [row[0] for row in told.values()] == [6, 6, 9, 4]
-    assert tools.log_of(guided[2]).nfe == 9  # so that a Guidance Report can follow
+    assert tools.log_of(guided[2]).nfe == 9
     for (_, seconds, saturation), column in zip(told.values(), cells(picture, 4), strict=True):
         pixels = torch.stack(column)
         assert 0 < seconds < 60

@@ -93,10 +93,11 @@ def run(python, *args, cwd=ROOT, **environment):
 
 
 @contextlib.contextmanager
-def started(comfy):
-    """A client of the copied host's own main.py, which finds the pack in its custom_nodes as it would anybody's."""
+def started(comfy, folder):
+    """A client of the copied host's own main.py, which finds the pack in this folder of its custom_nodes as it would anybody's."""
     port = serving.free_port()
     options = [*serving.host_options(comfy, comfy, False), "--listen", "127.0.0.1", "--port", str(port)]
+    options += ["--whitelist-custom-nodes", folder]
     address = serving.ServerAddress(f"http://127.0.0.1:{port}")
     address.log = comfy / "user" / "server.log"
     command = [sys.executable, comfy / "main.py", *options, "--disable-auto-launch", "--disable-api-nodes"]
@@ -110,17 +111,17 @@ def nodes_of_the_pack():
     return {name for file in (ROOT / "nodes").glob("*.py") for name in NODE.findall(file.read_text(encoding="utf-8"))}
 
 
-def check_that_it_works(comfy):
+def check_that_it_works(comfy, folder):
     """All nodes are there, a workflow from the template browser runs, help and translations and blueprints are served."""
-    with started(comfy) as client:
+    with started(comfy, folder) as client:
         assert nodes_of_the_pack() <= set(client.node_types)
-        workflow = client.get_json("/api/workflow_templates/lodestar/apg.json")
+        workflow = client.get_json(f"/api/workflow_templates/{folder}/apg.json")
         prompt = api.to_prompt(workflow, client.node_types)
         prompt[api.find(prompt, "KSampler")[0]]["inputs"]["steps"] = 4
         outputs = client.run(prompt)
         for file in client.images(outputs[api.find(prompt, "PreviewImage")[0]]):
             assert np.asarray(Image.open(io.BytesIO(file)), dtype=float).std() > 5
-        assert client.get("/extensions/lodestar/docs/LodestarAPG.md").startswith(b"# Adaptive Projected Guidance")
+        assert client.get(f"/extensions/{folder}/docs/LodestarAPG.md").startswith(b"# Adaptive Projected Guidance")
         assert "LodestarAPG" in client.get_json("/i18n")["zh"]["nodeDefs"]
         assert "Guided KSampler" in {entry["name"] for entry in client.get_json("/global_subgraphs").values()}
 
@@ -149,25 +150,26 @@ def served(folder):
 def test_manager_installs_and_removes_it(comfy, repository, tools, tmp_path):
     """By the Manager's command line and a git address; what it clones works; nothing is left of it."""
     bare, _ = repository
-    manager = functools.partial(run, python_with(tmp_path / "python", tools), "-m", "cm_cli", COMFYUI_PATH=str(comfy))
+    places = {"COMFYUI_PATH": str(comfy), "HOME": str(tmp_path), "UV_CACHE_DIR": str(hosting.cache_root() / "uv")}
+    manager = functools.partial(run, python_with(tmp_path / "python", tools), "-m", "cm_cli", **places)
     before = files(comfy)
     with served(bare.parent) as address:
         manager("install", f"{address}/lodestar.git", "--mode", "local", "--exit-on-fail")
     assert (comfy / "custom_nodes" / "lodestar" / ".git").is_dir()
-    check_that_it_works(comfy)
+    check_that_it_works(comfy, "lodestar")
     assert "UNINSTALLED" in manager("uninstall", "lodestar", "--mode", "local")
     assert files(comfy) - {comfy / "model_paths.yaml"} == before
 
 
 @pytest.mark.slow
 def test_registrys_package_works_and_leaves_the_workshop_out(comfy, repository, tools, tmp_path):
-    """What `comfy node pack` packs of a clean clone, unpacked where the Manager unpacks it."""
+    """What `comfy node pack` packs of a clean checkout, unpacked where the Manager unpacks it: in a folder named as the project."""
     _, clone = repository
     cli = functools.partial(run, python_with(tmp_path / "python", tools), "-m", "comfy_cli", "--skip-prompt", "--no-enable-telemetry")
     home = {"HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path / "config")}
     assert "validation checks passed" in cli("node", "validate", cwd=clone, **home)
     cli("node", "pack", cwd=clone, **home)
-    folder = comfy / "custom_nodes" / "lodestar"
+    folder = comfy / "custom_nodes" / re.search(r'^name = "(.+)"', (clone / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)[1]
     with zipfile.ZipFile(clone / "node.zip") as package:
         package.extractall(folder)
     (clone / "node.zip").unlink()
@@ -177,7 +179,7 @@ def test_registrys_package_works_and_leaves_the_workshop_out(comfy, repository, 
         assert (folder / name).exists(), name
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 20e6
     try:
-        check_that_it_works(comfy)
+        check_that_it_works(comfy, folder.name)
     finally:
         shutil.rmtree(folder)
 
