@@ -229,14 +229,14 @@ def fill_environment(folder: Path, requirements: Path) -> None:
     mark_complete(folder, [python_in(folder), *without_bytecode(site.glob("*")), *without_bytecode(site.glob("*/*"))])
 
 
-def test_packages(python: Path) -> Path:
-    """The folder with what requirements-test.txt asks for beyond what `python` has, which itself stays as it is."""
-    wanted = ROOT / "requirements-test.txt"
+def test_packages(python: Path, file: str = "requirements-test.txt") -> Path:
+    """The folder with what a requirements file asks for beyond what `python` has, which itself stays as it is."""
+    wanted = ROOT / file
     folder = cache_folder("tests", wanted.read_text(encoding="utf-8"), str(python))
     if not is_complete(folder):
         with locked():
             if not is_complete(folder):
-                say("Packages that only the tests need (requirements-test.txt), in a folder of their own")
+                say(f"Packages that only the tests need ({file}), in a folder of their own")
                 discard(folder)
                 folder.mkdir(parents=True)
                 report = folder / "report.json"

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from lodestar.demo import classifier, models, sheet
 from lodestar.demo.shapes import ATTRIBUTES, SIZE, Scenes, captions, draw, random_scenes
+from lodestar.pictures.text import write
 
 CFG, STEPS, BATCH = 4.0, 20, 64
 SEED = 77
@@ -139,7 +140,7 @@ def sample_sheet(sampled: Mapping[str, Sampled], count: int = 64, side: int = 51
     pen = ImageDraw.Draw(page)
     for column, (label, result) in enumerate(sampled.items()):
         x = 12 + column * (side + 12)
-        sheet.write(pen, (x, 8), f"{label}: {result.right['all'].float().mean():.1%} right", 18)
+        write(pen, (x, 8), f"{label}: {result.right['all'].float().mean():.1%} right", 18, "#222222")
         tiles = (result.pictures[:count].movedim(1, -1) * 255).byte().numpy()
         framed = [frame(Image.fromarray(tile), bool(ok)) for tile, ok in zip(tiles, result.right["all"][:count], strict=True)]
         page.paste(sheet.tiled(framed, side), (x, 36))

@@ -1,14 +1,18 @@
-"""Pictures for the host's template browser: ``python run.py python demo/thumbnails.py`` runs every workflow and writes its ``.jpg``."""
+"""Pictures for the host's template browser: ``python run.py python demo/thumbnails.py`` runs every workflow and writes its ``.jpg``.
+
+Names of workflows after it: these alone. Those that need model files run with the demo model instead.
+"""
 
 from __future__ import annotations
 
 import io
 import json
+import sys
 
 from PIL import Image
 from tqdm import tqdm
 
-from lodestar.demo import api, sheet
+from lodestar.demo import api, sheet, stand_in
 from lodestar.demo.compare import WORKFLOWS
 from serving import server
 
@@ -20,8 +24,11 @@ def main() -> None:
     """Write all thumbnails."""
     with server() as url:
         client = api.Client(url)
-        for path in tqdm(sorted(WORKFLOWS.glob("*.json")), unit="workflow"):
+        chosen = [WORKFLOWS / f"{name}.json" for name in sys.argv[1:]] or sorted(WORKFLOWS.glob("*.json"))
+        for path in tqdm(chosen, unit="workflow"):
             prompt = api.to_prompt(json.loads(path.read_text(encoding="utf-8")), client.node_types)
+            if stand_in.needs_files(prompt):
+                stand_in.stand_in(prompt)
             outputs = client.run(prompt)
             node = sorted(api.find(prompt, "PreviewImage"), key=int)[-1 if path.stem in CURVES else 0]
             pictures = [Image.open(io.BytesIO(file)).convert("RGB") for file in client.images(outputs[node])]

@@ -8,6 +8,7 @@ from .adaptive import LodestarAdaptiveGuidance
 from .apg import LodestarAPG
 from .autoguidance import LodestarAutoguidance
 from .cfgpp import LodestarCFGPP, LodestarCFGPPInvert
+from .compare import LodestarCompare
 from .demo_model import LodestarDemoModel
 from .frecas import LodestarFreCaS, LodestarStageTransition
 from .frequency import LodestarFrequencyGuidance
@@ -43,5 +44,6 @@ class Lodestar(ComfyExtension):
             LodestarFreCaS,
             LodestarStageTransition,
             LodestarReport,
+            LodestarCompare,
             LodestarDemoModel,
         ]

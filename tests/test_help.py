@@ -47,7 +47,7 @@ def test_the_page_names_the_node_and_all_its_inputs(schemas, page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_page_says_what_it_costs_and_from_where_it_comes(page):
     text = page.read_text(encoding="utf-8")
-    if page.stem in ("LodestarReport", "LodestarDemoModel"):
+    if page.stem in ("LodestarReport", "LodestarCompare", "LodestarDemoModel"):
         return
     assert "**Cost:**" in text and "## When to use it" in text and "## What it works with" in text
     assert re.search(r"arxiv\.org/abs/\d{4}\.\d{5}", text)

@@ -37,12 +37,17 @@ NODES = {  # a contract: workflow files in the wild hold these names in this ord
         "resize": "nearest", "seed": 0, "stage": 1, "batch_size": 1, "denoised": None, "sigmas": None,
     },
     "LodestarReport": {"model": None, "latent": None},
+    "LodestarCompare": {
+        "models": None, "positive": None, "negative": None, "latent_image": None, "vae": None, "seed": 0, "steps": 20, "cfg": 8.0,
+        "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0, "labels": "",
+    },
     "LodestarDemoModel": {"model": "unet", "strength": "main"},
 }  # fmt: skip
 OUTPUTS = {
     "LodestarFreCaS": ["LATENT", "LATENT"],
     "LodestarStageTransition": ["LATENT", "SIGMAS", "INT"],
     "LodestarReport": ["LATENT", "IMAGE", "STRING"],
+    "LodestarCompare": ["IMAGE", "STRING"],
     "LodestarDemoModel": ["MODEL", "CLIP", "VAE"],
     "LodestarLinearAGFit": ["GUIDANCE_COEFFICIENTS", "STRING"],
     "LodestarSaveCoefficients": ["STRING"],
@@ -73,6 +78,7 @@ DISPLAY_NAMES = {
     "LodestarFreCaS": "FreCaS Cascade",
     "LodestarStageTransition": "FreCaS Stage Transition",
     "LodestarReport": "Guidance Report",
+    "LodestarCompare": "Compare Guidance",
     "LodestarDemoModel": "Demo Model (Shapes)",
 }
 APPLIED = ("LodestarLinearAG", "LodestarGuidancePolicy")  # need more than a model

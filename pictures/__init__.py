@@ -1,0 +1,1 @@
+"""Text on pictures, for the nodes and for the demo."""
