@@ -34,8 +34,8 @@ _CFGS = ("cfg", "cfg1", "cfg2")  # the weights of the host's own guiders
 _DUAL_CFG = "Guider_DualCFG"  # has a combination of its own, but made of the host's CFG function
 
 
-def attach(model: Any, rule: Rule | None = None) -> Any:
-    """Clone a MODEL and add a rule to its plan; without a rule, runs are only counted.
+def attach(model: Any, rule: Rule | None = None, node: str | None = None) -> Any:
+    """Clone a MODEL and add a rule to its plan, with the node of the graph that it comes from; without a rule, runs are only counted.
 
     Raises ValueError when the rule shapes the CFG update and another pack has already claimed that, or when it decides what another
     rule of the plan decides.
@@ -52,7 +52,7 @@ def attach(model: Any, rule: Rule | None = None) -> Any:
         _refuse_second(rule, plan)
         if isinstance(rule, Term):  # our place among other packs' post-CFG functions is the place of the node in the graph
             clone.set_model_sampler_post_cfg_function(partial(_post_cfg_term, len(plan.rules)))
-        plan = plan + rule
+        plan = plan.plus(rule, node)
         weak = [branch.model for branch in rule.branches if branch.model is not None]
         if weak and not rule.neutral:
             clone.set_additional_models(KEY, [*clone.get_additional_models_with_key(KEY), *weak])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .branches import Branch
-from .plan import Choice, GuidancePlan, Policy, Rows, Shaper, Term
+from .plan import CFG_UPDATE, Choice, GuidancePlan, Policy, Rows, Shaper, Term
 from .spaces import Layout, beside, cosine_per_sample, is_flow, norm_per_sample, window
 
 KEY = "lodestar"  # of our wrappers and additional models
@@ -226,7 +226,7 @@ class Run:
             if isinstance(self.choice.uncond, tuple):
                 rows = beside(cond, [i for i, guided in enumerate(self.choice.uncond) if guided])
                 cond, uncond = cond[rows], uncond[rows]
-            self.record("CFG update", norm_per_sample(cond - uncond, self.layout) / norm_per_sample(cond, self.layout))
+            self.record(CFG_UPDATE, norm_per_sample(cond - uncond, self.layout) / norm_per_sample(cond, self.layout))
             self.record(COSINE, cosine_per_sample(cond, uncond, self.layout))
 
     def record_update(self, index: int, before: Tensor, after: Tensor) -> None:
