@@ -82,7 +82,7 @@ class AdaptiveGuidance(Policy):
     def _choice(self, left: Rows) -> Choice:
         return Choice(uncond=left, terms=left if self.stop_terms else True)
 
-    def finish(self, memory: dict[str, Any], log: RunLog) -> None:
+    def note(self, memory: dict[str, Any], log: RunLog) -> None:
         """The switch of each image."""
         log.switches[self.name] = Switch(self.curve, self.threshold, tuple(memory.get("since", ())))
 

@@ -22,6 +22,7 @@ import comfy.samplers
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
+from . import telemetry
 from .branches import lane, with_control_views
 from .plan import PLAN, Choice, GuidancePlan, Policy, Rule, Shaper, Term, plan_of
 from .rows import apply_model, call_model, outermost, replace_rows, with_host_labels
@@ -85,6 +86,7 @@ def _outer_sample(executor: Any, noise: Tensor, latent_image: Tensor, sampler: A
     _check_guider(run)
     for _, policy in run.policies:
         policy.check(guider, sampler, sigmas)
+    run.telemetry = telemetry.of_run(run)
     options["transformer_options"][RUN] = run
     for _, rule in run.shapers:
         rule.check(noise.shape)
@@ -102,6 +104,8 @@ def _outer_sample(executor: Any, noise: Tensor, latent_image: Tensor, sampler: A
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     finally:
         run.finish()
+        if run.telemetry is not None:
+            run.telemetry.finish(run)
 
 
 def _check_guider(run: Run) -> None:
@@ -164,6 +168,8 @@ def _predict_noise(executor: Any, x: Tensor, timestep: Tensor, *args: Any, **kwa
     if not _standard(guider) and run.cond is not None:
         for index, _ in run.terms:
             denoised = _add_term(run, index, denoised)
+    if run.telemetry is not None:
+        run.telemetry.step(run)
     return denoised
 
 

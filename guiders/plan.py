@@ -138,7 +138,7 @@ class Policy(Rule):
         """D_u [B, ...] given D_c; asked for where ``choose`` said ``predicted``."""
         raise NotImplementedError
 
-    def finish(self, memory: dict[str, Any], log: RunLog) -> None:
+    def note(self, memory: dict[str, Any], log: RunLog) -> None:
         """Write into the log what users should see, at the end of a run or while it goes on; without a wait for the device."""
 
 
