@@ -19,13 +19,13 @@
  * @property {Record<string, NodeCurve>} nodes
  * @property {number} [stage]
  * @property {Stage[]} [stages]
- * @typedef {{ink: string, soft: string, grid: string, curve: string, mark: string, bar: string}} Palette
+ * @typedef {{paper: string, ink: string, soft: string, grid: string, curve: string, mark: string, bar: string}} Palette
  * @typedef {{left: number, right: number, top: number, bottom: number}} Box
  */
 
-const PAD = 6;
-const HEAD = 16;
-const STRIP = 9;
+const PAD = 5;
+const HEAD = 14;
+const STRIP = 8;
 const FONT = "11px Inter, system-ui, sans-serif";
 const SMALL = "10px Inter, system-ui, sans-serif";
 
@@ -37,9 +37,8 @@ const SMALL = "10px Inter, system-ui, sans-serif";
 export function headline(run) {
   const whole = round(run.nfe + run.saved);
   const cost = run.saved ? `NFE ${round(run.nfe)} of ${whole} (${round(run.saved)} saved)` : `NFE ${round(run.nfe)}`;
-  if (!run.stages) return { cost, place: `step ${run.step}/${run.steps}` };
-  const stage = run.stages[run.stage];
-  return { cost, place: `stage ${run.stage + 1}/${run.stages.length}: ${stage.width}×${stage.height}` };
+  const stage = run.stages ? `stage ${run.stage + 1}/${run.stages.length}, ` : "";
+  return { cost, place: `${stage}step ${run.step}/${run.steps}` };
 }
 
 /**
@@ -50,9 +49,7 @@ export function headline(run) {
  */
 export function describe(run, curve) {
   const { cost, place } = headline(run);
-  const last = curve.points.at(-1);
-  const value = last?.[1] == null ? "nothing recorded yet" : `${meaning(curve)} ${short(last[1])}`;
-  return `${cost}, ${place}, ${value}${switched(curve)}`;
+  return [cost, place, lastValue(curve) ?? "nothing to show so far", switched(curve)].filter(Boolean).join(", ");
 }
 
 /**
@@ -65,81 +62,74 @@ export function describe(run, curve) {
  */
 export function draw(pen, width, height, run, curve, palette) {
   pen.clearRect(0, 0, width, height);
-  drawHead(pen, width, run, palette);
+  drawHead(pen, width, run, curve, palette);
   const strip = curve.policy ? STRIP : 0;
   const box = { left: PAD, right: width - PAD, top: PAD + HEAD, bottom: height - PAD - strip };
   const x = (/** @type {number} */ step) => box.left + ((step + 0.5) / Math.max(run.steps, 1)) * (box.right - box.left);
-  drawStages(pen, run, x, box, palette);
   const y = scale(curve, box);
-  drawFrame(pen, curve, y, box, palette);
-  drawSwitch(pen, curve, x, y, box, palette);
+  line(pen, [[box.left, box.bottom], [box.right, box.bottom]], palette.grid, 1);
+  drawStages(pen, run, x, box, palette);
+  drawLevels(pen, curve, x, y, box, palette);
   drawCurve(pen, curve, x, y, palette);
-  drawValue(pen, curve, box, palette);
+  drawLabels(pen, run, curve, x, y, box, palette);
   if (curve.policy) drawEvaluations(pen, run, x, box.bottom + 3, height - PAD, palette);
 }
 
-/** Cost at the left, place in the schedule at the right; the place gives way where both do not fit. */
-function drawHead(pen, width, run, palette) {
+/** Cost at the left, value and place in the schedule at the right as far as there is room. */
+function drawHead(pen, width, run, curve, palette) {
   const { cost, place } = headline(run);
+  const middle = PAD + HEAD / 2 - 2;
   pen.font = FONT;
-  pen.textBaseline = "middle";
-  pen.fillStyle = palette.ink;
-  pen.textAlign = "left";
-  pen.fillText(cost, PAD, PAD + HEAD / 2 - 2);
-  if (pen.measureText(cost).width + pen.measureText(place).width + 3 * PAD > width) return;
-  pen.fillStyle = palette.soft;
-  pen.textAlign = "right";
-  pen.fillText(place, width - PAD, PAD + HEAD / 2 - 2);
+  label(pen, cost, PAD, middle, "left", "middle", palette.ink);
+  const room = width - 3 * PAD - pen.measureText(cost).width;
+  const value = lastValue(curve);
+  const text = [value ? `${value} · ${place}` : place, place].find((fitting) => pen.measureText(fitting).width <= room);
+  if (text) label(pen, text, width - PAD, middle, "right", "middle", palette.soft);
 }
 
-/** Where one stage of a cascade ends and the next one begins, and how large each is. */
+/** The stage of a cascade that is being sampled, and where each one ends. */
 function drawStages(pen, run, x, box, palette) {
-  let first = 0;
-  for (const [index, stage] of (run.stages ?? []).entries()) {
+  for (const { index, first, end } of stagesOf(run)) {
     if (index === run.stage && !run.done) {
       pen.fillStyle = palette.grid;
-      pen.fillRect(x(first - 0.5), box.top, x(first + stage.steps - 0.5) - x(first - 0.5), box.bottom - box.top);
+      pen.fillRect(x(first - 0.5), box.top, x(end - 0.5) - x(first - 0.5), box.bottom - box.top);
     }
     if (index > 0) line(pen, [[x(first - 0.5), box.top], [x(first - 0.5), box.bottom]], palette.soft, 1);
-    pen.font = SMALL;
-    pen.fillStyle = palette.soft;
-    pen.textAlign = "left";
-    pen.textBaseline = "bottom";
-    const text = `${stage.width}×${stage.height}`;
-    const room = x(first + stage.steps - 0.5) - x(first - 0.5) - 4;
-    if (pen.measureText(text).width <= room) pen.fillText(text, x(first - 0.5) + 3, box.bottom - 1);
-    first += stage.steps;
   }
 }
 
-/** The base line, and where there is a scale from 0, the largest value. */
-function drawFrame(pen, curve, y, box, palette) {
-  line(pen, [[box.left, box.bottom], [box.right, box.bottom]], palette.grid, 1);
-  pen.font = SMALL;
-  pen.fillStyle = palette.soft;
-  pen.textAlign = "left";
-  pen.textBaseline = "top";
-  if (!curve.points.length) pen.fillText("nothing to show so far", box.left, box.top + 1);
-  else if (!curve.switch) {
-    line(pen, [[box.left, y.top], [box.right, y.top]], palette.grid, 1);
-    pen.fillText(short(y.high), box.left, y.top + 2);
+/** The largest value, or the threshold as a dashed line with a mark at every step from which pictures go on without CFG. */
+function drawLevels(pen, curve, x, y, box, palette) {
+  if (!curve.switch) {
+    if (curve.points.length) line(pen, [[box.left, y.top], [box.right, y.top]], palette.grid, 1);
+    return;
   }
-}
-
-/** A dashed line at the threshold, and a mark at every step from which pictures go on without CFG. */
-function drawSwitch(pen, curve, x, y, box, palette) {
-  if (!curve.switch) return;
   const level = y(curve.switch.threshold);
   pen.setLineDash([4, 3]);
   line(pen, [[box.left, level], [box.right, level]], palette.mark, 1);
   pen.setLineDash([]);
-  pen.font = SMALL;
-  pen.fillStyle = palette.mark;
-  pen.textAlign = "left";
-  pen.textBaseline = level - box.top > 14 ? "bottom" : "top";
-  pen.fillText(`threshold ${short(curve.switch.threshold)}`, box.left, level + (level - box.top > 14 ? -1 : 2));
   for (const step of new Set(curve.switch.steps)) {
     if (step !== null) line(pen, [[x(step - 0.5), box.top], [x(step - 0.5), box.bottom]], palette.mark, 1);
+  }
+}
+
+/** What is written into the plot, over the curve. */
+function drawLabels(pen, run, curve, x, y, box, palette) {
+  pen.font = SMALL;
+  if (!curve.points.length) label(pen, "nothing to show so far", box.left, box.top + 1, "left", "top", palette.soft, palette.paper);
+  for (const { stage, first, end } of stagesOf(run)) {
+    const text = `${stage.width}×${stage.height}`;
+    if (pen.measureText(text).width > x(end) - x(first) - 4) continue;
+    label(pen, text, x(end - 0.5) - 3, box.top + 2, "right", "top", palette.soft, palette.paper);
+  }
+  if (curve.switch) {
+    const level = y(curve.switch.threshold);
+    const above = level - box.top > 14;
+    const text = `threshold ${short(curve.switch.threshold)}`;
+    label(pen, text, box.left, level + (above ? -2 : 3), "left", above ? "bottom" : "top", palette.mark, palette.paper);
+    label(pen, switched(curve), box.right, box.bottom - 2, "right", "bottom", palette.mark, palette.paper);
+  } else if (curve.points.length && !run.stages) {
+    label(pen, short(y.high), box.left, y.top + 2, "left", "top", palette.soft, palette.paper);
   }
 }
 
@@ -152,18 +142,6 @@ function drawCurve(pen, curve, x, y, palette) {
   }
   const last = known.at(-1);
   if (last) dot(pen, x(last[0]), y(last[1]), 2.5, palette.curve);
-}
-
-/** What the curve is and its last value, at the upper right. */
-function drawValue(pen, curve, box, palette) {
-  const last = curve.points.at(-1)?.[1];
-  if (last == null) return;
-  pen.font = SMALL;
-  pen.textAlign = "right";
-  pen.textBaseline = "top";
-  pen.fillStyle = palette.curve;
-  const atTop = curve.switch !== undefined;
-  pen.fillText(`${meaning(curve)} ${short(last)}${switched(curve)}`, box.right, atTop ? box.bottom - 13 : box.top + 2);
 }
 
 /** For a policy: one bar per step, as high as its evaluations. */
@@ -208,10 +186,17 @@ function pieces(points) {
   return found;
 }
 
-/** @param {NodeCurve} curve @returns {string} what its values are */
-function meaning(curve) {
-  if (curve.switch) return "γ";
-  return curve.policy ? "CFG update" : "update";
+/** @param {RunMessage} run the stages of a cascade with their first step and the first one after them */
+function stagesOf(run) {
+  let end = 0;
+  return (run.stages ?? []).map((stage, index) => ({ stage, index, first: end, end: (end += stage.steps) }));
+}
+
+/** @param {NodeCurve} curve @returns {string | undefined} its last value and what that is */
+function lastValue(curve) {
+  const value = curve.points.at(-1)?.[1];
+  if (value == null) return undefined;
+  return `${curve.switch ? "γ" : curve.policy ? "CFG update" : "update"} ${short(value)}`;
 }
 
 /** @param {NodeCurve} curve @returns {string} how many pictures go on without CFG */
@@ -219,7 +204,18 @@ function switched(curve) {
   const steps = curve.switch?.steps ?? [];
   const met = steps.filter((step) => step !== null);
   if (!met.length) return "";
-  return steps.length === 1 ? `, CFG ended at step ${met[0] + 1}` : `, CFG ended for ${met.length} of ${steps.length}`;
+  return steps.length === 1 ? `CFG ended after ${met[0]} steps` : `CFG ended for ${met.length} of ${steps.length}`;
+}
+
+/** Text; with a paper also on a halo of it, to be read over a curve. */
+function label(pen, text, x, y, align, baseline, colour, paper) {
+  [pen.textAlign, pen.textBaseline] = [align, baseline];
+  if (paper) {
+    [pen.strokeStyle, pen.lineWidth, pen.lineJoin] = [paper, 3, "round"];
+    pen.strokeText(text, x, y);
+  }
+  pen.fillStyle = colour;
+  pen.fillText(text, x, y);
 }
 
 function line(pen, points, colour, width) {

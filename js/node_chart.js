@@ -10,7 +10,7 @@ import { describe, draw } from "./chart_drawing.js";
  */
 
 const WIDGET = "lodestar_chart";
-const HEIGHT = 88;
+const HEIGHT = 64;
 const MARGIN = 6;
 const EXPLANATION =
   "What this node does in every step: the size of its update relative to the denoised image, or for Adaptive Guidance the cosine γ of the " +
@@ -22,6 +22,8 @@ const DARK = { curve: "#74b6f5", mark: "#ff8f85", bar: "#61788f" };
 const charts = new Map();
 /** By how much a chart has made a node higher, which is not to be saved. @type {WeakMap<object, number>} */
 const growth = new WeakMap();
+/** Nodes that are serialised without their growth. @type {WeakSet<object>} */
+const shrunk = new WeakSet();
 
 /** After the theme has changed. */
 export function redrawAll() {
@@ -58,7 +60,7 @@ class NodeChart {
     this.element.className = "lodestar-chart";
     this.element.style.cssText =
       `height: 100%; min-height: ${HEIGHT}px; position: relative; overflow: hidden; border-radius: 4px;` +
-      "background: var(--comfy-input-bg, #222); color: var(--input-text, #ddd);";
+      "color: var(--input-text, #ddd);";
     this.canvas = document.createElement("canvas");
     this.canvas.setAttribute("role", "img");
     this.canvas.title = EXPLANATION;
@@ -119,6 +121,7 @@ class NodeChart {
   }
 
   redraw() {
+    this.element.style.background = `var(${window.LiteGraph?.vueNodesMode ? "--component-node-widget-background" : "--comfy-input-bg"}, #222)`;
     const [width, height] = [this.element.clientWidth, this.element.clientHeight];
     if (!this.run || !this.curve || !width || !height) return;
     const sharp = 2 * Math.max(1, window.devicePixelRatio); // the graph may be zoomed
@@ -138,8 +141,8 @@ function forward(event) {
 
 /** Have a node serialised as if it had no chart. @param {object} node */
 function saveWithoutGrowth(node) {
-  if (growth.has(node) || node.lodestarChart) return;
-  node.lodestarChart = true;
+  if (shrunk.has(node)) return;
+  shrunk.add(node);
   const { onSerialize } = node;
   node.onSerialize = function (data) {
     onSerialize?.call(this, data);
@@ -154,7 +157,7 @@ function palette(element) {
   const [red, green, blue] = channels(style.backgroundColor);
   const light = 0.299 * red + 0.587 * green + 0.114 * blue > 140;
   const faded = (/** @type {number} */ share) => `rgb(${ink.join(" ")} / ${share})`;
-  return { ink: faded(1), soft: faded(0.7), grid: faded(0.16), ...(light ? LIGHT : DARK) };
+  return { paper: style.backgroundColor, ink: faded(1), soft: faded(0.7), grid: faded(0.16), ...(light ? LIGHT : DARK) };
 }
 
 /** @param {string} colour as the browser computes it @returns {number[]} red, green and blue, 0 to 255 */
