@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..guiders.adaptive import SPACES, SWITCHES, AdaptiveGuidance
-from .common import CATEGORY, PLACE, guided, model_input
+from .common import ATTACHED, CATEGORY, guided, model_input
 
 
 class LodestarAdaptiveGuidance(io.ComfyNode):
@@ -47,7 +47,7 @@ class LodestarAdaptiveGuidance(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model with the guidance attached.")],
-            hidden=list(PLACE),
+            **ATTACHED,
         )  # fmt: skip
 
     @classmethod

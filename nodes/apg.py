@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..guiders.apg import APG
-from .common import CATEGORY, PLACE, check_window, guided, model_input, window_inputs
+from .common import ATTACHED, CATEGORY, check_window, guided, model_input, window_inputs
 
 
 class LodestarAPG(io.ComfyNode):
@@ -40,7 +40,7 @@ class LodestarAPG(io.ComfyNode):
                 *window_inputs(),
             ],
             outputs=[io.Model.Output(tooltip="The model with the guidance attached.")],
-            hidden=list(PLACE),
+            **ATTACHED,
         )  # fmt: skip
 
     @classmethod

@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..guiders.autoguidance import Autoguidance, check_weak_model, with_own_weights
-from .common import CATEGORY, PLACE, check_window, guided, model_input, window_inputs
+from .common import ATTACHED, CATEGORY, check_window, guided, model_input, window_inputs
 
 
 class LodestarAutoguidance(io.ComfyNode):
@@ -37,7 +37,7 @@ class LodestarAutoguidance(io.ComfyNode):
                 *window_inputs(),
             ],
             outputs=[io.Model.Output(tooltip="The model with the guidance attached.")],
-            hidden=list(PLACE),
+            **ATTACHED,
         )  # fmt: skip
 
     @classmethod

@@ -11,6 +11,8 @@ from ..guiders.plan import Rule
 
 CATEGORY = "lodestar/guidance"
 PLACE = (io.Hidden.unique_id, io.Hidden.dynprompt)  # what a schema has to ask for so that ``place_of`` knows the node
+# In the schema of nodes that use ``guided``: the host must not take the result of an equal node elsewhere, whose place it bears.
+ATTACHED: dict[str, Any] = {"hidden": list(PLACE), "not_idempotent": True}
 
 
 def model_input(tooltip: str = "The model to guide. Chain several guidance nodes in any order.") -> io.Model.Input:

@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..guiders.frequency import FrequencyGuidance
-from .common import CATEGORY, PLACE, guided, model_input
+from .common import ATTACHED, CATEGORY, guided, model_input
 
 
 class LodestarFrequencyGuidance(io.ComfyNode):
@@ -43,7 +43,7 @@ class LodestarFrequencyGuidance(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model with the guidance attached.")],
-            hidden=list(PLACE),
+            **ATTACHED,
         )  # fmt: skip
 
     @classmethod

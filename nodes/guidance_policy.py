@@ -10,7 +10,7 @@ from ..guiders.policy_search import NAME as SEARCH
 from ..guiders.policy_search import search
 from ..guiders.searched_policy import GuidancePolicy, SearchedPolicy
 from . import guidance_files
-from .common import CATEGORY, PLACE, guided, model_input
+from .common import ATTACHED, CATEGORY, guided, model_input
 from .runs import CATEGORY as TRAINING
 from .runs import run_inputs, runs_of, seed_input
 
@@ -74,7 +74,7 @@ class LodestarGuidancePolicy(io.ComfyNode):
             search_aliases=["policy", "cfg schedule", "dynamic cfg", "adaptive guidance", "speed"],
             inputs=[model_input(), PolicyType.Input("policy", tooltip="From Guidance policy search or Guidance policy: load.")],
             outputs=[io.Model.Output(tooltip="The model with the guidance attached.")],
-            hidden=list(PLACE),
+            **ATTACHED,
         )
 
     @classmethod

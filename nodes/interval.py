@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..guiders.interval import GuidanceInterval
-from .common import CATEGORY, PLACE, check_window, guided, model_input, window_inputs
+from .common import ATTACHED, CATEGORY, check_window, guided, model_input, window_inputs
 
 
 class LodestarGuidanceInterval(io.ComfyNode):
@@ -24,7 +24,7 @@ class LodestarGuidanceInterval(io.ComfyNode):
             search_aliases=["cfg interval", "limited interval", "guidance limiter", "cfg start end", "skip cfg"],
             inputs=[model_input(), *window_inputs()],
             outputs=[io.Model.Output(tooltip="The model with the guidance attached.")],
-            hidden=list(PLACE),
+            **ATTACHED,
         )
 
     @classmethod

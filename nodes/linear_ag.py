@@ -11,7 +11,7 @@ from ..guiders.linear_ag import SECOND_HALVES, LinearAG
 from ..guiders.linear_ag_fit import NAME as FIT
 from ..guiders.linear_ag_fit import fit
 from . import guidance_files
-from .common import CATEGORY, PLACE, guided, model_input
+from .common import ATTACHED, CATEGORY, guided, model_input
 from .runs import CATEGORY as TRAINING
 from .runs import run_inputs, runs_of, seed_input
 
@@ -76,7 +76,7 @@ class LodestarLinearAG(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model with the guidance attached.")],
-            hidden=list(PLACE),
+            **ATTACHED,
         )  # fmt: skip
 
     @classmethod

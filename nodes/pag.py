@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..guiders.attention import IdentityAttention
 from ..guiders.layers import resolve_layers
 from ..guiders.pag import PAG
-from .common import CATEGORY, PLACE, check_window, guided, model_input, window_inputs
+from .common import ATTACHED, CATEGORY, check_window, guided, model_input, window_inputs
 
 
 class LodestarPAG(io.ComfyNode):
@@ -48,7 +48,7 @@ class LodestarPAG(io.ComfyNode):
                 *window_inputs(),
             ],
             outputs=[io.Model.Output(tooltip="The model with the guidance attached.")],
-            hidden=list(PLACE),
+            **ATTACHED,
         )  # fmt: skip
 
     @classmethod
