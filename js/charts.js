@@ -13,25 +13,21 @@ const SKIPPED = [2, 4]; // modes of muted and bypassed nodes
 
 /** The last message of every sampler, in the order in which they ran. @type {Map<string, RunMessage>} */
 const runs = new Map();
+/** The setting. */
+let wanted = true;
 /** The client for which the server knows the setting. @type {string | undefined} */
 let subscribed;
-
-/** @returns {boolean} */
-function wanted() {
-  return app.extensionManager?.setting?.get(SETTING) ?? app.ui?.settings?.getSettingValue(SETTING) ?? true;
-}
 
 /** Tell the server whether this page draws charts; it answers with what the page has missed. */
 async function subscribe() {
   const client = api.clientId;
   if (!client) return; // comes with the first status
   subscribed = client;
-  const on = wanted();
   try {
     const answer = await api.fetchApi(ROUTE, {
       method: "POST",
       headers: { "Content-Type": "application/json" },
-      body: JSON.stringify({ client_id: client, on }),
+      body: JSON.stringify({ client_id: client, on: wanted }),
     });
     if (!answer.ok) return;
     for (const run of (await answer.json()).runs) remember(run);
@@ -55,7 +51,7 @@ function refresh() {
   const graph = app.rootGraph ?? app.graph;
   /** @type {Map<object, [RunMessage, import("./chart_drawing.js").NodeCurve]>} */
   const shown = new Map();
-  for (const run of wanted() && graph ? runs.values() : []) {
+  for (const run of wanted && graph ? runs.values() : []) {
     if (run.workflow && graph.id && run.workflow !== graph.id) continue;
     for (const [id, curve] of Object.entries(run.nodes)) {
       const node = nodeAt(graph, id);
@@ -91,7 +87,8 @@ app.registerExtension({
       tooltip: "While a sampler runs, guidance nodes show the size of their update in every step and the evaluations saved so far. Off: nothing is computed for it.",
       type: "boolean",
       defaultValue: true,
-      onChange: () => {
+      onChange: (value) => {
+        wanted = value; // also called with the stored value when the page is loaded
         subscribe();
         refresh();
       },

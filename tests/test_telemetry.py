@@ -22,7 +22,7 @@ from lodestar.guiders.adaptive import AdaptiveGuidance
 from lodestar.guiders.apg import APG
 from lodestar.guiders.interval import GuidanceInterval
 from lodestar.guiders.plan import GuidancePlan
-from serving import NO_PROXY, server
+from serving import NO_PROXY
 
 KINDS = ["unet", "unet_v", "mmdit"]
 
@@ -248,13 +248,6 @@ def test_a_cascade_of_no_node_tells_nothing(listener):
 
 
 # --- the server ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def url():
-    """A real server."""
-    with server() as address:
-        yield address
 
 
 def post(url: str, path: str, body: object) -> dict:
