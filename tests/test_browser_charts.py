@@ -341,8 +341,8 @@ def test_the_setting_turns_it_off(page, url, shots):
     natural = page.evaluate("() => app.graph.serialize().nodes.find(node => node.type === 'LodestarAPG').size[1]")
     assert charts(page)
     page.evaluate("() => app.extensionManager.command.execute('Comfy.ShowSettingsDialog')")
-    page.get_by_text("Lodestar", exact=True).first.click()
-    switch = page.get_by_role("switch").first
+    page.get_by_role("dialog").get_by_text("Lodestar", exact=True).first.click()
+    switch = page.get_by_role("dialog").get_by_role("switch").first
     switch.wait_for()
     page.screenshot(path=shots / "setting.png")
     switch.click()
