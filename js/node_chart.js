@@ -132,9 +132,9 @@ class NodeChart {
   }
 }
 
-/** Let the graph be zoomed and nodes be dragged where the chart is. @param {WheelEvent | PointerEvent} event */
+/** Let the graph be zoomed by the wheel and moved by the middle button where the chart is. @param {WheelEvent | PointerEvent} event */
 function forward(event) {
-  if (window.LiteGraph?.vueNodesMode) return; // there the page does it
+  if (window.LiteGraph?.vueNodesMode || (event.type === "pointerdown" && event.button !== 1)) return; // in Vue nodes the page does it
   event.preventDefault();
   app.canvas.canvas.dispatchEvent(new event.constructor(event.type, event));
 }

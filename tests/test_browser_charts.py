@@ -31,6 +31,7 @@ def load(page, workflow: dict) -> None:
         if node["type"] in ("KSampler", "LodestarFreCaS"):
             node["widgets_values"][0] = next(seeds)
     page.evaluate("async w => { await app.loadGraphData(w) }", workflow)
+    page.mouse.move(640, 750)  # away from all that opens something under the pointer
     watch(page)
 
 
@@ -224,6 +225,25 @@ def test_the_chart_is_painted_and_suits_the_theme(page, shots):
     look(page, shots / "everything_light.png", "LodestarAPG", 0.9)
     page.evaluate("() => app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')")
     page.wait_for_timeout(500)
+
+
+def test_the_graph_is_moved_and_zoomed_over_a_chart_too(page):
+    load(page, template("apg", steps=4))
+    run(page)
+    page.evaluate("() => { app.canvas.ds.scale = 1; app.canvas.ds.offset = [-200, 150]; app.canvas.setDirty(true, true) }")
+    page.wait_for_timeout(500)
+    box = page.locator(MINE).first.bounding_box()
+    middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(*middle)
+    before = page.evaluate("() => [...app.canvas.ds.offset]")
+    page.mouse.down(button="middle")
+    page.mouse.move(middle[0] + 60, middle[1] + 40, steps=6)
+    page.mouse.up(button="middle")
+    after = page.evaluate("() => [...app.canvas.ds.offset]")
+    assert after[0] - before[0] > 30 and after[1] - before[1] > 20
+    page.mouse.move(*middle)
+    page.mouse.wheel(0, -300)
+    page.wait_for_function("() => app.canvas.ds.scale > 1.02")
 
 
 def test_after_a_reload_the_chart_is_there_again(page, shots):
