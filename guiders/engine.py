@@ -86,7 +86,7 @@ def _outer_sample(executor: Any, noise: Tensor, latent_image: Tensor, sampler: A
     _check_guider(run)
     for _, policy in run.policies:
         policy.check(guider, sampler, sigmas)
-    run.telemetry = telemetry.of_run(run)
+    run.telemetry = telemetry.of_run(run, sampler)
     options["transformer_options"][RUN] = run
     for _, rule in run.shapers:
         rule.check(noise.shape)

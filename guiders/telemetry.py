@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Message = dict[str, Any]  # goes out as JSON
 TELEMETRY = "lodestar_telemetry"  # in a model's transformer_options: that of the cascade whose stage the model samples
+NODE = "lodestar_node"  # attribute of a SAMPLER that guides: the node of the graph that it comes from
 PERIOD = 0.25  # seconds between two messages
 
 
@@ -45,15 +46,16 @@ def connect(find: Callable[[], Listener | None] | None) -> None:
     _find_listener = find or _nobody
 
 
-def of_run(run: Run) -> Telemetry | None:
-    """The telemetry that a run has to feed: its cascade's, or its own if one of its nodes has something to show to somebody."""
+def of_run(run: Run, sampler: Any) -> Telemetry | None:
+    """The telemetry that a run has to feed: its cascade's, or its own if a node has something to show to somebody."""
     options = run.guider.model_options["transformer_options"]
     if TELEMETRY in options:
         return options[TELEMETRY]
-    if not _shown(run.plan):
+    node = getattr(sampler, NODE, None)
+    if node is None and not _shown(run.plan):
         return None
     listener = _find_listener()
-    return None if listener is None else Telemetry(listener)
+    return None if listener is None else Telemetry(listener, node)
 
 
 def of_cascade(node: str | None, stages: Sequence[Stage]) -> Telemetry | None:
@@ -63,7 +65,7 @@ def of_cascade(node: str | None, stages: Sequence[Stage]) -> Telemetry | None:
 
 
 class Telemetry:
-    """Tells a listener about one run, or about the runs of a cascade as of one."""
+    """Tells a listener about one run, or about the runs of a cascade as of one; ``node`` is that of the sampler or the cascade itself."""
 
     def __init__(self, listener: Listener, node: str | None = None, stages: Sequence[Stage] = ()) -> None:
         self.listener, self.node, self.stages = listener, node, stages

@@ -67,8 +67,13 @@ class Charts:
         running, _ = self.server.prompt_queue.get_current_queue_volatile()
         for _, running_id, _, extra_data, *_ in running:
             if running_id == prompt_id:
-                return ((extra_data.get("extra_pnginfo") or {}).get("workflow") or {}).get("id")
+                return _member(_member(_member(extra_data, "extra_pnginfo"), "workflow"), "id")
         return None
+
+
+def _member(value: Any, key: str) -> Any:
+    """A part of what clients have sent, which may be of any shape."""
+    return value.get(key) if isinstance(value, dict) else None
 
 
 @dataclass(frozen=True)

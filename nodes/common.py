@@ -11,7 +11,7 @@ from ..guiders.plan import Rule
 
 CATEGORY = "lodestar/guidance"
 PLACE = (io.Hidden.unique_id, io.Hidden.dynprompt)  # what a schema has to ask for so that ``place_of`` knows the node
-# In the schema of nodes that use ``guided``: the host must not take the result of an equal node elsewhere, whose place it bears.
+# In the schema of nodes whose result bears their place: the host must not take that of an equal node elsewhere.
 ATTACHED: dict[str, Any] = {"hidden": list(PLACE), "not_idempotent": True}
 
 

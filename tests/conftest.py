@@ -1,6 +1,6 @@
 """``host``: the real ComfyUI in this process, with the pack loaded as it loads it. Maths tests do without.
 
-``url``: its real server in a process of its own. ``page``: the real front end in Chromium. ``shots``: where that leaves pictures for people.
+``url``: its real server in a process of its own. ``page``: the real front end in Chromium. ``shots``: where it puts pictures for people.
 """
 
 from __future__ import annotations

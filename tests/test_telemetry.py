@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import math
 import urllib.error
@@ -20,6 +21,7 @@ from lodestar.guiders import curves, telemetry
 from lodestar.guiders import run as run_module
 from lodestar.guiders.adaptive import AdaptiveGuidance
 from lodestar.guiders.apg import APG
+from lodestar.guiders.cfgpp_sampler import cfgpp_sampler
 from lodestar.guiders.interval import GuidanceInterval
 from lodestar.guiders.plan import GuidancePlan
 from serving import NO_PROXY
@@ -247,6 +249,29 @@ def test_a_cascade_of_no_node_tells_nothing(listener):
     assert not listener.messages
 
 
+# --- samplers that guide ---------------------------------------------------------------------------------------------
+
+
+def test_the_cfgpp_sampler_of_a_node(listener):
+    model = attach(tiny("unet"))
+    sampler = cfgpp_sampler("euler", 0.6)
+    guider = tools.comfy.samplers.CFGGuider(model)
+    guider.set_conds(tools.cond(1), tools.cond(2))
+    sigmas = tools.comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", 5)
+    noise = torch.randn(tools.empty_latent(model).shape, generator=torch.Generator().manual_seed(1))
+
+    def run_it():
+        with torch.inference_mode():
+            return guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, disable_pbar=True, seed=1)
+
+    plain = run_it()
+    assert not listener.messages
+    setattr(sampler, telemetry.NODE, "5")
+    assert run_it().equal(plain)
+    curve = listener.messages[-1]["nodes"]["5"]
+    assert curve["curve"] == "CFG update" and [step for step, _ in curve["points"]] == list(range(5))
+
+
 # --- the server ------------------------------------------------------------------------------------------------------
 
 
@@ -275,6 +300,7 @@ def prompt(seed: int, *guidance: tuple[str, str, dict], model: str = "1") -> dic
     return {node_id: {"class_type": kind, "inputs": inputs} for node_id, (kind, inputs) in nodes.items()}
 
 
+seeds = itertools.count(100)
 APG_INPUTS = {"eta": 0.0, "norm_threshold": 5.0, "momentum": -0.5, "start_percent": 0.0, "end_percent": 1.0}
 INTERVAL_INPUTS = {"start_percent": 0.0, "end_percent": 0.5}
 
@@ -375,6 +401,13 @@ def test_a_cascade_node(url):
     events = run(url, "g", graph)["g"]
     assert events[-1]["sampler"] == "30" and set(events[-1]["nodes"]) == {"30"} and events[-1]["step"] == 5
     assert {event["stage"] for event in events} == {0, 1}
+
+
+@pytest.mark.parametrize("workflow", [None, "text", [], {"nodes": []}, {"id": 3}])
+def test_a_client_may_send_any_workflow_or_none(url, workflow):
+    subscribe(url, "h")
+    graph = prompt(next(seeds), ("10", "LodestarAPG", APG_INPUTS))
+    assert run(url, "h", graph, workflow=workflow)["h"][-1]["step"] == 4
 
 
 @pytest.mark.parametrize("body", [{}, {"client_id": ""}, {"client_id": 3, "on": True}, [], "on"])
