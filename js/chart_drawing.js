@@ -129,7 +129,7 @@ function drawLabels(pen, run, curve, x, y, box, palette) {
     label(pen, text, box.left, level + (above ? -2 : 3), "left", above ? "bottom" : "top", palette.mark, palette.paper);
     label(pen, switched(curve), box.right, box.bottom - 2, "right", "bottom", palette.mark, palette.paper);
   } else if (curve.points.length && !run.stages) {
-    label(pen, short(y.high), box.left, y.top + 2, "left", "top", palette.soft, palette.paper);
+    label(pen, short(y.high), box.right, y.top + 2, "right", "top", palette.soft, palette.paper); // most curves fall
   }
 }
 
@@ -138,7 +138,7 @@ function drawCurve(pen, curve, x, y, palette) {
   const known = curve.points.filter(([, value]) => value !== null);
   for (const piece of pieces(known)) {
     line(pen, piece.map(([step, value]) => [x(step), y(value)]), palette.curve, 1.75);
-    if (piece.length === 1) dot(pen, x(piece[0][0]), y(piece[0][1]), 1.5, palette.curve);
+    if (piece.length === 1) dot(pen, x(piece[0][0]), y(piece[0][1]), 2, palette.curve);
   }
   const last = known.at(-1);
   if (last) dot(pen, x(last[0]), y(last[1]), 2.5, palette.curve);
