@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from .plan import Choice, Policy, Rows
@@ -48,7 +47,7 @@ class AdaptiveGuidance(Policy):
 
     @property
     def curve(self) -> str:
-        """Label of gamma's curve."""
+        """That of gamma."""
         return COSINE if self.space == "denoised" else f"{COSINE} ({self.space})"
 
     def check(self, guider: Any, sampler: Any, sigmas: Tensor) -> None:
@@ -64,35 +63,38 @@ class AdaptiveGuidance(Policy):
         """D_u for the samples that have not switched. All stages of a step are alike. The one wait for the GPU in a step is here."""
         memory = step.memory
         if step.first and "met" in memory:
-            memory["open"] = _rows_left(memory.pop("met"))
-        return self._choice(memory.get("open", True))
+            _latch(memory, step.index)
+        return self._choice(_rows_left(memory))
 
     def observe(self, cond: Tensor | None, uncond: Tensor | None, x: Tensor, sigma: Tensor, step: Step) -> Choice | None:
         """Measure gamma at the first stage of a step, and latch."""
         if cond is None or uncond is None or not step.first:
             return None
-        memory = step.memory
         values = gamma(*(in_space(self.space, denoised, x, sigma, step.flow) for denoised in (cond, uncond)), step.layout)
-        left = memory.get("open", True)
+        left = _rows_left(step.memory)
         step.record(self.curve, values if left is True else values[beside(values, [i for i, is_open in enumerate(left) if is_open])])
-        since = memory.get("since", torch.full(values.shape, -1, device=values.device))
-        same = self.switch == "same_step"
-        memory["since"] = torch.where((since < 0) & (values >= self.threshold), step.index + (not same), since)
-        memory["met"] = memory["since"] >= 0
-        if not same:
+        step.memory["met"] = values >= self.threshold
+        if self.switch == "next_step":
             return None
-        memory["open"] = _rows_left(memory.pop("met"))
-        return self._choice(memory["open"])
+        _latch(step.memory, step.index)
+        return self._choice(_rows_left(step.memory))
 
     def _choice(self, left: Rows) -> Choice:
         return Choice(uncond=left, terms=left if self.stop_terms else True)
 
-    def finish(self, memory: dict[str, Any], log: RunLog) -> None:
+    def note(self, memory: dict[str, Any], log: RunLog) -> None:
         """The switch of each image."""
-        since = memory["since"].tolist() if "since" in memory else []
-        log.switches[self.name] = Switch(self.curve, self.threshold, tuple(i if 0 <= i < log.steps else None for i in since))
+        log.switches[self.name] = Switch(self.curve, self.threshold, tuple(memory.get("since", ())))
 
 
-def _rows_left(met: Tensor) -> Rows:
-    left = tuple(not switched for switched in met.tolist())
-    return left if any(left) and not all(left) else any(left)
+def _latch(memory: dict[str, Any], index: int) -> None:
+    """Read which samples have met the threshold; those that are new go without CFG from step ``index`` on."""
+    met = memory.pop("met").tolist()
+    since = memory.get("since", [None] * len(met))
+    memory["since"] = [index if now and before is None else before for before, now in zip(since, met, strict=True)]
+
+
+def _rows_left(memory: dict[str, Any]) -> Rows:
+    """The samples that still have CFG."""
+    left = tuple(step is None for step in memory.get("since", ()))
+    return all(left) or (left if any(left) else False)

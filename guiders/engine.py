@@ -22,6 +22,7 @@ import comfy.samplers
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
+from . import telemetry
 from .branches import lane, with_control_views
 from .plan import PLAN, Choice, GuidancePlan, Policy, Rule, Shaper, Term, plan_of
 from .rows import apply_model, call_model, outermost, replace_rows, with_host_labels
@@ -34,8 +35,8 @@ _CFGS = ("cfg", "cfg1", "cfg2")  # the weights of the host's own guiders
 _DUAL_CFG = "Guider_DualCFG"  # has a combination of its own, but made of the host's CFG function
 
 
-def attach(model: Any, rule: Rule | None = None) -> Any:
-    """Clone a MODEL and add a rule to its plan; without a rule, runs are only counted.
+def attach(model: Any, rule: Rule | None = None, node: str | None = None) -> Any:
+    """Clone a MODEL and add a rule to its plan, with the node of the graph that it comes from; without a rule, runs are only counted.
 
     Raises ValueError when the rule shapes the CFG update and another pack has already claimed that, or when it decides what another
     rule of the plan decides.
@@ -52,7 +53,7 @@ def attach(model: Any, rule: Rule | None = None) -> Any:
         _refuse_second(rule, plan)
         if isinstance(rule, Term):  # our place among other packs' post-CFG functions is the place of the node in the graph
             clone.set_model_sampler_post_cfg_function(partial(_post_cfg_term, len(plan.rules)))
-        plan = plan + rule
+        plan = plan.plus(rule, node)
         weak = [branch.model for branch in rule.branches if branch.model is not None]
         if weak and not rule.neutral:
             clone.set_additional_models(KEY, [*clone.get_additional_models_with_key(KEY), *weak])
@@ -85,6 +86,7 @@ def _outer_sample(executor: Any, noise: Tensor, latent_image: Tensor, sampler: A
     _check_guider(run)
     for _, policy in run.policies:
         policy.check(guider, sampler, sigmas)
+    run.telemetry = telemetry.of_run(run, sampler)
     options["transformer_options"][RUN] = run
     for _, rule in run.shapers:
         rule.check(noise.shape)
@@ -102,6 +104,8 @@ def _outer_sample(executor: Any, noise: Tensor, latent_image: Tensor, sampler: A
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     finally:
         run.finish()
+        if run.telemetry is not None:
+            run.telemetry.finish(run)
 
 
 def _check_guider(run: Run) -> None:
@@ -164,6 +168,8 @@ def _predict_noise(executor: Any, x: Tensor, timestep: Tensor, *args: Any, **kwa
     if not _standard(guider) and run.cond is not None:
         for index, _ in run.terms:
             denoised = _add_term(run, index, denoised)
+    if run.telemetry is not None:
+        run.telemetry.step(run)
     return denoised
 
 

@@ -24,6 +24,7 @@ from .maps import Maps, with_maps
 from .plan import plan_of
 from .run import last_log, publish
 from .stages import NAME, Stage, check_size, preset_of, ratio, read_stages, size_multiple
+from .telemetry import TELEMETRY, of_cascade
 from .transition import decode, encode, enlarge, renoise, rescale_conditioning, resize, stage_noise, stage_seed
 
 
@@ -32,7 +33,7 @@ class Cascade:
     """Parameters of one cascade.
 
     cfg: the first stage's weight and w_l of the others. gamma: below 0 for the authors'. high_scale: w_h. map_weight: w_c.
-    resize: one of transition.RESIZES.
+    resize: one of transition.RESIZES. node: the node of the graph that runs it, if any.
     """
 
     model: Any
@@ -45,6 +46,7 @@ class Cascade:
     high_scale: float
     map_weight: float
     resize: str = "nearest"
+    node: str | None = None
 
     @classmethod
     def read(cls, stages: str, *, model: Any, vae: Any, **parameters: Any) -> Cascade:
@@ -66,6 +68,9 @@ class Cascade:
             raise ValueError(f"{NAME} works on pictures and videos; this latent packs several parts.")
         maps = [Maps() for _ in self.stages]
         models = [self._guided(index, maps) for index in range(len(self.stages))]
+        watch = of_cascade(self.node, self.stages)
+        for model in models if watch is not None else ():
+            model.model_options["transformer_options"][TELEMETRY] = watch
         schedules = self.schedules()
         preview = _Preview(self.model, [stage.steps for stage in self.stages])
         known, results, logs = _Known(self.vae, latent, self.resize), [], []

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .run import RunLog, Step
 
 PLAN = "lodestar_plan"
+CFG_UPDATE = "CFG update"  # a curve's label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,11 @@ class Rule(ABC):
     @abstractmethod
     def neutral(self) -> bool:
         """Whether these settings change nothing, so that the engine leaves the rule out."""
+
+    @property
+    def curve(self) -> str | None:
+        """Label of the curve that shows what the rule does; None: that of its own update, which bears its name."""
+        return None
 
     @property
     def branches(self) -> tuple[Branch, ...]:
@@ -110,6 +116,11 @@ class Policy(Rule):
 
     claims: ClassVar[str] = ""  # what no second policy may decide, as it reads after "both decide"
 
+    @property
+    def curve(self) -> str | None:
+        """A policy has no update of its own: that of CFG, with gaps where there is none."""
+        return CFG_UPDATE
+
     def check(self, guider: Any, sampler: Any, sigmas: Tensor) -> None:
         """Raise ValueError, before sampling starts, where the policy cannot work with this guider, sampler or schedule [T + 1]."""
 
@@ -127,18 +138,23 @@ class Policy(Rule):
         """D_u [B, ...] given D_c; asked for where ``choose`` said ``predicted``."""
         raise NotImplementedError
 
-    def finish(self, memory: dict[str, Any], log: RunLog) -> None:
-        """Write into the log of a run that ends what users should see."""
+    def note(self, memory: dict[str, Any], log: RunLog) -> None:
+        """Write into the log what users should see, at the end of a run or while it goes on; without a wait for the device."""
 
 
 @dataclass(frozen=True, eq=False)
 class GuidancePlan:
-    """Rules in graph order. Compared by identity, so that a log can be found by the plan that a model carries."""
+    """Rules in graph order. Compared by identity, so that a log can be found by the plan that a model carries.
+
+    nodes: for every rule the node of the graph that it comes from, if known, to show there what the rule does.
+    """
 
     rules: tuple[Rule, ...] = ()
+    nodes: tuple[str | None, ...] = ()
 
-    def __add__(self, rule: Rule) -> GuidancePlan:
-        return GuidancePlan((*self.rules, rule))
+    def plus(self, rule: Rule, node: str | None = None) -> GuidancePlan:
+        """The plan with one rule more."""
+        return GuidancePlan((*self.rules, rule), (*self.nodes, node))
 
     def active(self, kind: type[Rule]) -> list[tuple[int, Any]]:
         """The non-neutral rules of one kind with their position in the plan."""

@@ -10,15 +10,18 @@ from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from operator import and_
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor
 
 from .branches import Branch
-from .plan import Choice, GuidancePlan, Policy, Rows, Shaper, Term
+from .curves import Curves
+from .plan import CFG_UPDATE, Choice, GuidancePlan, Policy, Rows, Shaper, Term
 from .spaces import Layout, beside, cosine_per_sample, is_flow, norm_per_sample, window
+
+if TYPE_CHECKING:
+    from .telemetry import Telemetry
 
 KEY = "lodestar"  # of our wrappers and additional models
 RUN = "lodestar_run"
@@ -114,7 +117,8 @@ class Run:
         self.cfg = 1.0
         self.weak: dict[Any, Any] = {}
         self.log = RunLog(steps=len(self.sigmas) - 1, batch=shape[0], sigmas=self.sigmas)
-        self._curves: dict[str, dict[int, Tensor]] = {}
+        self.telemetry: Telemetry | None = None  # only while somebody watches
+        self._curves = Curves(self.log.curves)
         self._began = time.perf_counter()
 
     @cached_property
@@ -218,7 +222,7 @@ class Run:
     def record(self, label: str, values: Tensor) -> None:
         """Keep a curve's value [B] for this step; it stays on the device until the run ends."""
         if self.first:
-            self._curves.setdefault(label, {})[self.index] = values.detach().float().mean()
+            self._curves.record(label, self.index, values.detach().float().mean())
 
     def record_predictions(self, cond: Tensor | None, uncond: Tensor | None) -> None:
         """Curves of the sampler's own predictions, where both were evaluated."""
@@ -226,7 +230,7 @@ class Run:
             if isinstance(self.choice.uncond, tuple):
                 rows = beside(cond, [i for i, guided in enumerate(self.choice.uncond) if guided])
                 cond, uncond = cond[rows], uncond[rows]
-            self.record("CFG update", norm_per_sample(cond - uncond, self.layout) / norm_per_sample(cond, self.layout))
+            self.record(CFG_UPDATE, norm_per_sample(cond - uncond, self.layout) / norm_per_sample(cond, self.layout))
             self.record(COSINE, cosine_per_sample(cond, uncond, self.layout))
 
     def record_update(self, index: int, before: Tensor, after: Tensor) -> None:
@@ -234,15 +238,22 @@ class Run:
         if self.first:
             self.record(self.names[index], norm_per_sample(after - before, self.layout) / norm_per_sample(before, self.layout))
 
+    def log_so_far(self) -> RunLog:
+        """The log with what the device has handed over of the curves; does not wait for it."""
+        self._curves.glance()
+        self._note_policies()
+        return self.log
+
     def finish(self) -> None:
         """Bring the curves to the CPU and publish the log under the plan."""
         self.log.seconds = time.perf_counter() - self._began
-        for label, points in self._curves.items():
-            values = torch.stack(list(points.values())).tolist()
-            self.log.curves[label] = dict(zip(points, values, strict=True))
-        for index, policy in self.policies:
-            policy.finish(self.memories.get(index, {}), self.log)
+        self._curves.read()
+        self._note_policies()
         _LOGS[self.plan] = self.log
+
+    def _note_policies(self) -> None:
+        for index, policy in self.policies:
+            policy.note(self.memories.get(index, {}), self.log)
 
 
 def last_log(plan: GuidancePlan) -> RunLog | None:
@@ -251,7 +262,12 @@ def last_log(plan: GuidancePlan) -> RunLog | None:
 
 
 def publish(plan: GuidancePlan, logs: Sequence[RunLog]) -> None:
-    """Publish several runs in a row as one log under a plan. When policies switched is left out: they did so in every run."""
+    """Publish several runs in a row as one log under a plan."""
+    _LOGS[plan] = joined(logs)
+
+
+def joined(logs: Sequence[RunLog]) -> RunLog:
+    """Several runs in a row as one log. When policies switched is left out: they did so in every run."""
     whole = RunLog(batch=logs[0].batch)
     for log in logs:
         by_step = [(whole.curves.setdefault(label, {}), points) for label, points in log.curves.items()]
@@ -260,7 +276,7 @@ def publish(plan: GuidancePlan, logs: Sequence[RunLog]) -> None:
         whole.sigmas = [*whole.sigmas[: whole.steps], *log.sigmas]
         for name in ("steps", "calls", "rows", "nfe", "saved", "seconds"):
             setattr(whole, name, getattr(whole, name) + getattr(log, name))
-    _LOGS[plan] = whole
+    return whole
 
 
 _LOOPS = (("i", "sigmas"), ("step_index", "timesteps"))  # k-diffusion, UniPC

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from . import charts
 from .adaptive import LodestarAdaptiveGuidance
 from .apg import LodestarAPG
 from .autoguidance import LodestarAutoguidance
@@ -21,6 +22,10 @@ from .report import LodestarReport
 
 class Lodestar(ComfyExtension):
     """What the host registers."""
+
+    async def on_load(self) -> None:
+        """Before the nodes are there."""
+        charts.install()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All node classes."""

@@ -7,8 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..guiders.adaptive import SPACES, SWITCHES, AdaptiveGuidance
-from ..guiders.engine import attach
-from .common import CATEGORY, model_input
+from .common import ATTACHED, CATEGORY, guided, model_input
 
 
 class LodestarAdaptiveGuidance(io.ComfyNode):
@@ -48,9 +47,10 @@ class LodestarAdaptiveGuidance(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model with the guidance attached.")],
+            **ATTACHED,
         )  # fmt: skip
 
     @classmethod
     def execute(cls, model: Any, threshold: float, space: str, switch: str, stop_terms: bool = False) -> io.NodeOutput:
         """Attach the rule."""
-        return io.NodeOutput(attach(model, AdaptiveGuidance(threshold=threshold, space=space, switch=switch, stop_terms=stop_terms)))
+        return guided(cls, model, AdaptiveGuidance(threshold=threshold, space=space, switch=switch, stop_terms=stop_terms))

@@ -7,8 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..guiders.apg import APG
-from ..guiders.engine import attach
-from .common import CATEGORY, check_window, model_input, window_inputs
+from .common import ATTACHED, CATEGORY, check_window, guided, model_input, window_inputs
 
 
 class LodestarAPG(io.ComfyNode):
@@ -41,6 +40,7 @@ class LodestarAPG(io.ComfyNode):
                 *window_inputs(),
             ],
             outputs=[io.Model.Output(tooltip="The model with the guidance attached.")],
+            **ATTACHED,
         )  # fmt: skip
 
     @classmethod
@@ -52,4 +52,4 @@ class LodestarAPG(io.ComfyNode):
         rule = APG(
             eta=eta, norm_threshold=norm_threshold, momentum=momentum, start_percent=start_percent, end_percent=end_percent
         )
-        return io.NodeOutput(attach(model, rule))
+        return guided(cls, model, rule)

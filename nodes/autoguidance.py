@@ -7,8 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..guiders.autoguidance import Autoguidance, check_weak_model, with_own_weights
-from ..guiders.engine import attach
-from .common import CATEGORY, check_window, model_input, window_inputs
+from .common import ATTACHED, CATEGORY, check_window, guided, model_input, window_inputs
 
 
 class LodestarAutoguidance(io.ComfyNode):
@@ -38,6 +37,7 @@ class LodestarAutoguidance(io.ComfyNode):
                 *window_inputs(),
             ],
             outputs=[io.Model.Output(tooltip="The model with the guidance attached.")],
+            **ATTACHED,
         )  # fmt: skip
 
     @classmethod
@@ -48,4 +48,4 @@ class LodestarAutoguidance(io.ComfyNode):
         if scale != 1:
             weak_model = with_own_weights(weak_model, model)
         rule = Autoguidance(weak_model=weak_model, scale=scale, start_percent=start_percent, end_percent=end_percent)
-        return io.NodeOutput(attach(model, rule))
+        return guided(cls, model, rule)

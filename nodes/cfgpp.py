@@ -9,6 +9,8 @@ from comfy_api.latest import io
 from ..guiders.cfgpp import HISTORIES, SOLVERS
 from ..guiders.cfgpp_sampler import INVERSION, LARGEST, SAMPLER, cfgpp_sampler
 from ..guiders.inversion import invert
+from ..guiders.telemetry import NODE
+from .common import ATTACHED, place_of
 
 CATEGORY = "lodestar/sampling"
 
@@ -52,12 +54,15 @@ class LodestarCFGPP(io.ComfyNode):
                 ),
             ],
             outputs=[io.Sampler.Output(tooltip="The sampler, for SamplerCustom or SamplerCustomAdvanced.")],
+            **ATTACHED,
         )  # fmt: skip
 
     @classmethod
     def execute(cls, sampler: str, lambda_: float, eta: float, history: str) -> io.NodeOutput:
         """Make the sampler."""
-        return io.NodeOutput(cfgpp_sampler(sampler, lambda_, eta, history))
+        made = cfgpp_sampler(sampler, lambda_, eta, history)
+        setattr(made, NODE, place_of(cls))
+        return io.NodeOutput(made)
 
 
 class LodestarCFGPPInvert(io.ComfyNode):

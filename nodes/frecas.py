@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from ..guiders.frecas import Cascade, begin, transition
 from ..guiders.stages import NAME, Stage
 from ..guiders.transition import RESIZES
+from .common import PLACE, place_of
 
 CATEGORY = "lodestar/sampling"
 _SEED = {"default": 0, "min": 0, "max": 2**64 - 1, "control_after_generate": True}
@@ -85,6 +86,7 @@ class LodestarFreCaS(io.ComfyNode):
                 io.Latent.Output(tooltip="The last stage's result."),
                 io.Latent.Output("stage_latents", is_output_list=True, tooltip="Every stage's clean picture, for previews."),
             ],
+            hidden=list(PLACE),
         )  # fmt: skip
 
     @classmethod
@@ -95,7 +97,7 @@ class LodestarFreCaS(io.ComfyNode):
         """Run all stages."""
         cascade = Cascade.read(
             stages, model=model, vae=vae, cfg=cfg, sampler=sampler, scheduler=scheduler, gamma=gamma, high_scale=high_scale,
-            map_weight=map_weight, resize=resize,
+            map_weight=map_weight, resize=resize, node=place_of(cls),
         )  # fmt: skip
         results = cascade.sample(positive, negative, seed, cascade.latent(latent, batch_size))
         return io.NodeOutput(results[-1], results)

@@ -6,9 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..guiders.engine import attach
 from ..guiders.frequency import FrequencyGuidance
-from .common import CATEGORY, model_input
+from .common import ATTACHED, CATEGORY, guided, model_input
 
 
 class LodestarFrequencyGuidance(io.ComfyNode):
@@ -44,6 +43,7 @@ class LodestarFrequencyGuidance(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model with the guidance attached.")],
+            **ATTACHED,
         )  # fmt: skip
 
     @classmethod
@@ -52,4 +52,4 @@ class LodestarFrequencyGuidance(io.ComfyNode):
         ratio = model.get_model_object("latent_format").spacial_downscale_ratio
         height, width = (max(1, round(size / ratio)) for size in (low_height, low_width))
         rule = FrequencyGuidance(low_scale=low_scale, high_scale=high_scale, low_height=height, low_width=width)
-        return io.NodeOutput(attach(model, rule))
+        return guided(cls, model, rule)

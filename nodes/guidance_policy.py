@@ -6,12 +6,11 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..guiders.engine import attach
 from ..guiders.policy_search import NAME as SEARCH
 from ..guiders.policy_search import search
 from ..guiders.searched_policy import GuidancePolicy, SearchedPolicy
 from . import guidance_files
-from .common import CATEGORY, model_input
+from .common import ATTACHED, CATEGORY, guided, model_input
 from .runs import CATEGORY as TRAINING
 from .runs import run_inputs, runs_of, seed_input
 
@@ -75,12 +74,13 @@ class LodestarGuidancePolicy(io.ComfyNode):
             search_aliases=["policy", "cfg schedule", "dynamic cfg", "adaptive guidance", "speed"],
             inputs=[model_input(), PolicyType.Input("policy", tooltip="From Guidance policy search or Guidance policy: load.")],
             outputs=[io.Model.Output(tooltip="The model with the guidance attached.")],
+            **ATTACHED,
         )
 
     @classmethod
     def execute(cls, model: Any, policy: GuidancePolicy) -> io.NodeOutput:
         """Attach the rule."""
-        return io.NodeOutput(attach(model, SearchedPolicy(policy=policy)))
+        return guided(cls, model, SearchedPolicy(policy=policy))
 
 
 class LodestarSavePolicy(io.ComfyNode):

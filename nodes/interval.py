@@ -6,9 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..guiders.engine import attach
 from ..guiders.interval import GuidanceInterval
-from .common import CATEGORY, check_window, model_input, window_inputs
+from .common import ATTACHED, CATEGORY, check_window, guided, model_input, window_inputs
 
 
 class LodestarGuidanceInterval(io.ComfyNode):
@@ -25,10 +24,11 @@ class LodestarGuidanceInterval(io.ComfyNode):
             search_aliases=["cfg interval", "limited interval", "guidance limiter", "cfg start end", "skip cfg"],
             inputs=[model_input(), *window_inputs()],
             outputs=[io.Model.Output(tooltip="The model with the guidance attached.")],
+            **ATTACHED,
         )
 
     @classmethod
     def execute(cls, model: Any, start_percent: float, end_percent: float) -> io.NodeOutput:
         """Attach the rule."""
         check_window(GuidanceInterval.name, start_percent, end_percent)
-        return io.NodeOutput(attach(model, GuidanceInterval(start_percent=start_percent, end_percent=end_percent)))
+        return guided(cls, model, GuidanceInterval(start_percent=start_percent, end_percent=end_percent))

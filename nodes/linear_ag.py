@@ -7,12 +7,11 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..guiders.coefficients import Coefficients
-from ..guiders.engine import attach
 from ..guiders.linear_ag import SECOND_HALVES, LinearAG
 from ..guiders.linear_ag_fit import NAME as FIT
 from ..guiders.linear_ag_fit import fit
 from . import guidance_files
-from .common import CATEGORY, model_input
+from .common import ATTACHED, CATEGORY, guided, model_input
 from .runs import CATEGORY as TRAINING
 from .runs import run_inputs, runs_of, seed_input
 
@@ -77,12 +76,13 @@ class LodestarLinearAG(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model with the guidance attached.")],
+            **ATTACHED,
         )  # fmt: skip
 
     @classmethod
     def execute(cls, model: Any, coefficients: Coefficients, second_half: str = "conditional") -> io.NodeOutput:
         """Attach the rule."""
-        return io.NodeOutput(attach(model, LinearAG(coefficients=coefficients, second_half=second_half)))
+        return guided(cls, model, LinearAG(coefficients=coefficients, second_half=second_half))
 
 
 class LodestarSaveCoefficients(io.ComfyNode):

@@ -7,10 +7,9 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..guiders.attention import IdentityAttention
-from ..guiders.engine import attach
 from ..guiders.layers import resolve_layers
 from ..guiders.pag import PAG
-from .common import CATEGORY, check_window, model_input, window_inputs
+from .common import ATTACHED, CATEGORY, check_window, guided, model_input, window_inputs
 
 
 class LodestarPAG(io.ComfyNode):
@@ -49,6 +48,7 @@ class LodestarPAG(io.ComfyNode):
                 *window_inputs(),
             ],
             outputs=[io.Model.Output(tooltip="The model with the guidance attached.")],
+            **ATTACHED,
         )  # fmt: skip
 
     @classmethod
@@ -61,4 +61,4 @@ class LodestarPAG(io.ComfyNode):
         rule = PAG(
             perturbation=perturbation, scale=scale, rescale=rescale, start_percent=start_percent, end_percent=end_percent
         )
-        return io.NodeOutput(attach(model, rule))
+        return guided(cls, model, rule)

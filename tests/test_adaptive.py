@@ -554,7 +554,7 @@ def test_one_wait_for_the_device_in_a_step_and_none_after_the_switch(switch, mon
     model = tiny("unet")
     noise = noise_for(model, 3)
     waits = []
-    monkeypatch.setattr(adaptive, "_rows_left", lambda met, original=adaptive._rows_left: waits.append(1) or original(met))
+    monkeypatch.setattr(adaptive, "_latch", lambda *given, original=adaptive._latch: waits.append(1) or original(*given))
     main = guided(model, ag(0.99, switch=switch))
     run(main, noise, sampler="heun")
     last = max(log_of(main).switches[AdaptiveGuidance.name].steps)

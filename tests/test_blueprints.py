@@ -1,6 +1,5 @@
 """Subgraphs that the host offers to everybody: listed by the server, put on the canvas by the front end, run by the server."""
 
-# ruff: noqa: F811
 from __future__ import annotations
 
 import io
@@ -10,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_browser import page, url  # noqa: F401
-from test_browser import pytestmark as needs_browser
 
 from lodestar.demo import api
 
@@ -67,7 +64,6 @@ def test_the_host_lists_them(url):
         assert data == json.loads((ROOT / "subgraphs" / f"{name}.json").read_text(encoding="utf-8"))
 
 
-@needs_browser
 def test_the_front_end_offers_them(page):
     """Its own store of blueprints, which the node library and the search show."""
     page.wait_for_function(
@@ -97,7 +93,6 @@ def test_inside_is_what_the_nodes_have(url, file):
     assert len(outer["widgets_values"]) == len(outer["properties"]["proxyWidgets"])
 
 
-@needs_browser
 @pytest.mark.parametrize("name", KNOBS)
 def test_it_runs_in_place_of_a_ksampler(page, url, name):
     page.evaluate("async w => app.loadGraphData(w)", json.loads((ROOT / "workflows" / "demo_model.json").read_text(encoding="utf-8")))

@@ -3,51 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 import pytest
 
-from serving import NO_PROXY, server
+from serving import NO_PROXY
 
 ROOT = Path(__file__).parents[1]
 WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
-CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
-FLAGS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-)
-
-pytestmark = pytest.mark.skipif(not os.access(CHROMIUM, os.X_OK), reason="no chromium is installed (Debian: apt install chromium)")
-
-
-@pytest.fixture(scope="module")
-def url():
-    """One server for all tests here."""
-    with server() as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
-def page(url):
-    """The front end, loaded once; ``page.errors`` collects what it throws."""
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
-        page = browser.new_page(viewport={"width": 1280, "height": 800})
-        page.set_default_timeout(60_000)
-        page.errors = []
-        page.on("pageerror", lambda error: page.errors.append(str(error)))
-        page.goto(url)
-        page.wait_for_function("() => window.app?.graph && window.app.extensionManager?.command")
-        yield page
-        browser.close()
 
 
 def open_templates(page):

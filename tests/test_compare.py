@@ -1,6 +1,5 @@
 """Compare Guidance: every picture is KSampler's own, every refusal names its column, labels are written in any script."""
 
-# ruff: noqa: F811
 from __future__ import annotations
 
 import json
@@ -8,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_browser import page, url  # noqa: F401
-from test_browser import pytestmark as needs_browser
 
 SETTINGS = {"seed": 7, "steps": 3, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
 BATCH = 2
@@ -279,7 +276,6 @@ def test_one_progress_bar_over_all_columns(demo, guided):
 # --- the front end ---------------------------------------------------------------------------------------------------
 
 
-@needs_browser
 def test_sockets_grow_as_they_are_connected(page):
     workflow = json.loads((Path(__file__).parents[1] / "workflows" / "compare.json").read_text(encoding="utf-8"))
     before, after, reloaded, sent = page.evaluate(

@@ -1,6 +1,5 @@
 """Translations: English is what the schemas say, the others have the same places, and the front end shows them."""
 
-# ruff: noqa: F811
 from __future__ import annotations
 
 import json
@@ -8,8 +7,6 @@ import re
 from pathlib import Path
 
 import pytest
-from test_browser import page, url  # noqa: F401
-from test_browser import pytestmark as needs_browser
 
 LOCALES = Path(__file__).parents[1] / "locales"
 OTHERS = sorted(folder.name for folder in LOCALES.iterdir() if folder.is_dir() and folder.name not in ("en", "__pycache__"))
@@ -91,7 +88,6 @@ def test_the_host_serves_them(url):
         assert served[language]["nodeDefs"] == read(language)
 
 
-@needs_browser
 def test_the_front_end_speaks_chinese(page, url):
     try:
         page.evaluate("async () => app.extensionManager.setting.set('Comfy.Locale', 'zh')")
