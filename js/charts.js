@@ -11,8 +11,11 @@ const ROUTE = "/lodestar/charts";
 const SETTING = "Lodestar.LiveCharts";
 const SKIPPED = [2, 4]; // modes of muted and bypassed nodes
 
-/** The last message of every sampler, in the order in which they ran. @type {Map<string, RunMessage>} */
-const runs = new Map();
+/**
+ * The last messages of every sampler, in the order in which they ran: of its last prompt, one for each set of nodes, as it may compare models.
+ * @type {RunMessage[]}
+ */
+let runs = [];
 /** The setting. */
 let wanted = true;
 /** The client for which the server knows the setting. @type {string | undefined} */
@@ -39,11 +42,14 @@ async function subscribe() {
 
 /** @param {RunMessage} run */
 function remember(run) {
-  const key = JSON.stringify([run.workflow, run.sampler]);
-  const known = runs.get(key);
-  if (known?.prompt === run.prompt && known.serial > run.serial) return;
-  runs.delete(key);
-  runs.set(key, run);
+  if (runs.some((known) => known.prompt === run.prompt && outdated(known, run) && known.serial > run.serial)) return;
+  runs = [...runs.filter((known) => !outdated(known, run)), run];
+}
+
+/** @param {RunMessage} run @param {RunMessage} by @returns {boolean} whether a message replaces an earlier one */
+function outdated(run, by) {
+  if (run.workflow !== by.workflow || run.sampler !== by.sampler) return false;
+  return run.prompt !== by.prompt || Object.keys(run.nodes).sort().join() === Object.keys(by.nodes).sort().join();
 }
 
 /** Draw what is known about the open workflow, and take charts away where there is nothing to show any more. */
@@ -51,7 +57,7 @@ function refresh() {
   const graph = app.rootGraph ?? app.graph;
   /** @type {Map<object, [RunMessage, import("./chart_drawing.js").NodeCurve]>} */
   const shown = new Map();
-  for (const run of wanted && graph ? runs.values() : []) {
+  for (const run of wanted && graph ? runs : []) {
     if (run.workflow && graph.id && run.workflow !== graph.id) continue;
     for (const [id, curve] of Object.entries(run.nodes)) {
       const node = nodeAt(graph, id);

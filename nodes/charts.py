@@ -18,17 +18,20 @@ _MOST_CLIENTS, _MOST_RUNS = 32, 32  # of those that came last
 
 @dataclass
 class Client:
-    """A page that draws charts, and the last message of every sampler, for when the page is loaded again."""
+    """A page that draws charts, and the last messages of every sampler, for when the page is loaded again."""
 
-    runs: OrderedDict[tuple[str | None, str], telemetry.Message] = field(default_factory=OrderedDict)
+    runs: list[telemetry.Message] = field(default_factory=list)
 
     def keep(self, message: telemetry.Message) -> None:
-        """In the order in which samplers ran."""
-        sampler = message["workflow"], message["sampler"]
-        self.runs[sampler] = message
-        self.runs.move_to_end(sampler)
-        if len(self.runs) > _MOST_RUNS:
-            self.runs.popitem(last=False)
+        """In the order in which samplers ran. Of one sampler, those of its last prompt for different nodes: it may compare models."""
+        kept = [run for run in self.runs if not _outdated(run, message)]
+        self.runs = [*kept[1 - _MOST_RUNS :], message]
+
+
+def _outdated(run: telemetry.Message, by: telemetry.Message) -> bool:
+    if (run["workflow"], run["sampler"]) != (by["workflow"], by["sampler"]):
+        return False
+    return run["prompt"] != by["prompt"] or run["nodes"].keys() == by["nodes"].keys()
 
 
 class Charts:
@@ -52,7 +55,7 @@ class Charts:
         self.clients.move_to_end(client_id)
         while len(self.clients) > _MOST_CLIENTS:
             self.clients.popitem(last=False)
-        return web.json_response({"runs": list(client.runs.values())})
+        return web.json_response({"runs": client.runs})
 
     def listener(self) -> Listener | None:
         """For the sampling call that now begins: the client that queued the prompt, if it draws charts."""

@@ -387,6 +387,23 @@ def test_two_samplers_on_two_branches(url):
     assert len(subscribe(url, "f")) == 2
 
 
+def test_a_node_that_samples_several_models(url):
+    """Each model's run is told of; the next prompt's runs take their places."""
+    subscribe(url, "i")
+    for seed in (20, 21):
+        graph = prompt(seed, ("10", "LodestarAPG", APG_INPUTS))
+        settings = graph.pop("90")["inputs"]
+        other = {"class_type": "LodestarGuidanceInterval", "inputs": {"model": ["1", 0], **INTERVAL_INPUTS}}
+        models = {"models.model0": settings.pop("model"), "models.model1": ["20", 0]}
+        compare = {"class_type": "LodestarCompare", "inputs": settings | models | {"vae": ["1", 2], "labels": ""}}
+        shown = {"class_type": "PreviewImage", "inputs": {"images": ["30", 0]}}
+        graph = {node: graph[node] for node in ("1", "2", "3", "10")} | {"20": other, "30": compare, "31": shown}
+        last = {event["prompt"]: event for event in run(url, "i", graph)["i"]}
+        kept = subscribe(url, "i")
+        assert [set(message["nodes"]) for message in kept] == [{"10"}, {"20"}]
+        assert {message["prompt"] for message in kept} == set(last) and all(message["done"] for message in kept)
+
+
 def test_a_cascade_node(url):
     subscribe(url, "g")
     inputs = {
