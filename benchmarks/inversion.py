@@ -1,7 +1,8 @@
 """From picture to noise and back: ``python run.py bench inversion [--samples N] [--steps N [N ...]]``.
 
-Inverts fresh pictures with CFG++ and with plain CFG at the weight that is worth as much on that schedule, and prints the PSNR of what
-sampling makes of the noise. Then samples it with another colour or another shape in the caption, and prints what the classifier finds.
+Inverts fresh pictures with CFG++, with plain CFG at the weight that is worth as much on that schedule, and with CFG at the weight that
+the authors match with lambda, and prints the PSNR of what sampling makes of the noise. Then samples it with another colour or another
+shape in the caption, and prints what the classifier finds.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from lodestar.guiders.cfgpp_sampler import cfgpp_sampler
 from lodestar.guiders.inversion import FURTHEST, Inversion
 from lodestar.guiders.spaces import is_flow
 
-CFG, CFGPP = "CFG", "CFG++"
-LAMBDAS = (0.2, 0.4, 0.6, 0.8, 1.0)
+CFG, CFGPP, AUTHORS = "CFG", "CFG++", "CFG, authors' match"
+AUTHORS_CFG = {0.2: 2.0, 0.4: 5.0, 0.6: 7.5, 0.8: 9.0, 1.0: 12.5}  # by lambda: their table for 50 steps of Stable Diffusion
+LAMBDAS = tuple(AUTHORS_CFG)
 BORDER = 4  # pixels from the edge, where no shape reaches
 EDITED = {"colour": 1, "shape": 2}  # attribute and its place in Scenes.objects
 
@@ -66,24 +68,29 @@ def originals(batch: Batch, *, model: str) -> Tensor:
 def there_and_back(batch: Batch, *, model: str, method: str, lambda_: float, steps: int = 20, attribute: str | None = None) -> Tensor:
     """The originals, inverted under their captions and sampled under the same, or under captions with another value of ``attribute``.
 
-    method: CFGPP, or CFG at the weight that lambda is worth.
+    method: CFGPP, or CFG or AUTHORS with the weight that ``matched`` gives.
     """
     patcher, clip, sigmas = batch.model(model), models.load_clip(), schedule(model, steps)
     latent = originals(batch, model=model) * 2 - 1
     target = batch.scenes if attribute is None else edited(batch.scenes, attribute)
     source, wanted, nothing = (models.encode(clip, texts) for texts in (batch.captions, captions(target), [""] * len(latent)))
-    weight = lambda_ * worth(model, steps)
+    weight = 1.0 if method == CFGPP else matched(model, method, lambda_, steps)
     inversion, sampler = Inversion(lambda_), cfgpp_sampler("euler", lambda_)
-    if method == CFG:
+    if method != CFGPP:
         inversion, sampler = CFGInversion(weight), comfy.samplers.sampler_object("euler")
 
     def run(what: Any, latent: Tensor, positive: list) -> Tensor:
         guider = comfy.samplers.CFGGuider(patcher)
         guider.set_conds(positive, nothing)
-        guider.set_cfg(1.0 if method == CFGPP else weight)
+        guider.set_cfg(weight)
         return guider.sample(torch.zeros_like(latent), latent, what, sigmas, disable_pbar=True, seed=0)
 
     return decoded(run(sampler, run(inversion, latent, source), wanted))
+
+
+def matched(model: str, method: str, lambda_: float, steps: int) -> float:
+    """The weight of CFG that lambda is compared with."""
+    return AUTHORS_CFG[lambda_] if method == AUTHORS else lambda_ * worth(model, steps)
 
 
 def edited(scenes: Scenes, attribute: str) -> Scenes:
@@ -114,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     scenes = random_scenes(args.samples, torch.Generator().manual_seed(SEED), pairs=0.0)
     batch = Batch(scenes, SEED)
-    runs = len(args.models) * (2 * len(LAMBDAS) * len(args.steps) + 2 * len(EDITED))
+    runs = len(args.models) * (3 * len(LAMBDAS) * len(args.steps) + 2 * len(EDITED))
     with torch.inference_mode(), tqdm(total=runs, unit="setting") as bar:
         for model in args.models:
             for line in chain(round_trips(batch, model, args.steps, bar), edits(batch, model, bar)):
@@ -128,11 +135,11 @@ def round_trips(batch: Batch, model: str, steps: Sequence[int], bar: tqdm) -> It
     yield f"\n{model}: PSNR of the round trip, dB, mean of {len(pictures)} pictures; in brackets, the cfg\n"
     yield f"| steps | method |{''.join(f' {lambda_:g} |' for lambda_ in LAMBDAS)}\n|---|---|{'---:|' * len(LAMBDAS)}"
     for count in steps:
-        for method in (CFGPP, CFG):
+        for method in (CFGPP, CFG, AUTHORS):
             cells = []
             for lambda_ in LAMBDAS:
                 found = psnr(there_and_back(batch, model=model, method=method, lambda_=lambda_, steps=count), pictures).mean()
-                cells.append(f"{found:.1f}" + (f" ({lambda_ * worth(model, count):.1f})" if method == CFG else ""))
+                cells.append(f"{found:.1f}" + ("" if method == CFGPP else f" ({matched(model, method, lambda_, count):.3g})"))
                 bar.update()
             yield f"| {count} | {method} | {' | '.join(cells)} |"
 
