@@ -2,9 +2,9 @@
 
 For each method: model calls, rows and evaluations (NFE) of a step, and counted floating-point operations relative to one
 conditional forward pass. Counted, not timed, so that every machine prints the same. Ours and the host's own nodes are counted
-by the same wrapper in the same run. ``--time`` adds each run's processor time on one core, as a multiple of half the time of CFG in
-the same run of this command: what NFE would be if time followed it. The demo models are so small that much of a call's time does not
-depend on the number of rows; with ``--batch 16`` or more it does.
+by the same wrapper in the same run. ``--time`` adds each run's processor time on one core, as a multiple of half the time of a run of
+CFG right before it: what NFE would be if time followed it. The demo models are so small that much of a call's time does not depend on
+the number of rows; with ``--batch 16`` or more it does.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any, NamedTuple
 
 import comfy.sample
@@ -41,7 +42,7 @@ from lodestar.nodes.pag import LodestarPAG
 
 CAPTION = "a large purple pentagon on a cream background"
 CFG, SEED = 4.0, 7
-RUNS = 3  # the fastest is the time
+RUNS = 5  # of a method and of CFG in turns; the median of their ratios is the time
 
 
 class Models(NamedTuple):
@@ -70,7 +71,7 @@ class Count:
     rows: int = 0
     nfe: float = 0
     flops: int = 0
-    seconds: float = 0.0
+    time: float = 0.0
     latent: torch.Tensor | None = None
 
     def apply_model(self, executor: Any, x: torch.Tensor, t: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -135,9 +136,10 @@ def host_dual_model(pair: Models) -> Any:
     return node.execute(pair.main, conditioning(CAPTION), 2.0, pair.weak, conditioning(CAPTION)).result[0] if node else None
 
 
+PLAIN = Method("CFG", lambda pair: pair.main)
 METHODS = (
     Method("conditional (cfg 1)", lambda pair: pair.main, cfg=1.0),
-    Method("CFG", lambda pair: pair.main),
+    PLAIN,
     Method("APG", lambda pair: apg(pair.main)),
     Method("PAG (cfg 1)", lambda pair: pag(pair.main), cfg=1.0),
     Method("CFG + PAG", lambda pair: pag(pair.main)),
@@ -164,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=10, metavar="N", help="sampling steps (default: 10)")
     parser.add_argument("--batch", type=int, default=2, metavar="N", help="pictures at once (default: 2)")
     parser.add_argument("--models", nargs="+", choices=models.MODELS, default=models.MODELS, help="which models (default: both)")
-    parser.add_argument("--time", action="store_true", help="also wall-clock time (runs everything once more)")
+    parser.add_argument("--time", action="store_true", help="also processor time (takes several times as long)")
     args = parser.parse_args(argv)
     if args.time:
         torch.set_num_threads(1)
@@ -180,26 +182,36 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(model: str, method: Method, steps: int, batch: int = 2, timed: bool = False) -> Count | None:
-    """Sample once and count, then again without counting for the time; None where the host lacks the node."""
+    """Sample once and count, then again for the time; None where the host lacks the node."""
     count = Count(batch)
     main, weak = (counted(models.load_model(model, strength), count) for strength in models.STRENGTHS)
     pair = Models(main, weak, schedule(model, main, steps))
-    built = method.build(pair)
-    if built is None:
+    guider = guider_of(method, pair)
+    if guider is None:
         return None
-    guider = built
-    if not isinstance(built, comfy.samplers.CFGGuider):
-        guider = comfy.samplers.CFGGuider(built)
-        guider.set_conds(conditioning(CAPTION), conditioning(""))
-        guider.set_cfg(method.cfg)
     with torch.no_grad(), counted_flops() as flops:
         count.latent = sample(guider, pair.sigmas, method.sampler, batch)
     count.flops = flops.get_total_flops()
+    counters = replace(count)
     if timed:
-        counters = replace(count)
-        count.seconds = min(seconds(guider, pair.sigmas, method.sampler, batch) for _ in range(RUNS))
-        count.calls, count.rows, count.nfe = counters.calls, counters.rows, counters.nfe
-    return count
+        plain = guider_of(PLAIN, pair)
+        ratios = []
+        for _ in range(RUNS):
+            unit = seconds(plain, pair.sigmas, PLAIN.sampler, batch) / 2
+            ratios.append(seconds(guider, pair.sigmas, method.sampler, batch) / unit)
+        counters.time = median(ratios)
+    return counters
+
+
+def guider_of(method: Method, pair: Models) -> Any:
+    """The method's GUIDER, with prompts and cfg; None where the host lacks the node."""
+    built = method.build(pair)
+    if built is None or isinstance(built, comfy.samplers.CFGGuider):
+        return built
+    guider = comfy.samplers.CFGGuider(built)
+    guider.set_conds(conditioning(CAPTION), conditioning(""))
+    guider.set_cfg(method.cfg)
+    return guider
 
 
 @torch.no_grad()
@@ -239,13 +251,13 @@ def table(model: str, counts: dict[str, Count], steps: int) -> str:
     """One line for each method, in Markdown."""
     names = list(counts)
     unit = counts[names[0]].flops / steps
-    timed = counts["CFG"].seconds > 0
+    timed = counts["CFG"].time > 0
     rows = [(model, "calls", "rows", "NFE", "FLOPs", *(["time"] if timed else [])), ("-" * 30, *["----:"] * (5 if timed else 4))]
     for name, count in counts.items():
         label = name + remark(name, counts)
         values = [value / steps for value in (count.calls, count.rows, count.nfe, count.flops / unit)]
-        if timed:  # in evaluations of the CFG run, so that it can be read beside NFE
-            values.append(2 * count.seconds / counts["CFG"].seconds)
+        if timed:
+            values.append(count.time)
         rows.append((label, *(f"{value:.2f}" for value in values)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
