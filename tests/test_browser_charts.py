@@ -182,6 +182,9 @@ def test_the_demo_workflow_from_the_template_browser_to_a_picture(page, shots):
     page.get_by_role("dialog").get_by_text("lodestar").first.click()
     card = page.get_by_test_id("template-workflow-adaptive_guidance")
     card.scroll_into_view_if_needed()
+    shown = "card => [...card.querySelectorAll('img')].some(image => image.complete && image.naturalWidth >= 256)"
+    page.wait_for_function(shown, arg=card.element_handle())  # its thumbnail
+    page.wait_for_timeout(500)  # which fades in
     page.screenshot(path=shots / "templates.png")
     card.click()
     page.wait_for_function("() => app.graph.nodes.some(node => node.type === 'LodestarAdaptiveGuidance')")
