@@ -34,11 +34,11 @@ def edm(steps: int = 32, low: float = 0.002, high: float = 80.0, rho: float = 7.
 @pytest.mark.parametrize(
     ("low", "high", "first", "last"), [(0.19, 1.61, 17, 22), (0.60, 5.00, 13, 19)], ids=["EDM2-XXL FID", "EDM2-XXL FD_DINOv2"]
 )
-def test_the_papers_intervals_cover_the_papers_steps(low, high, first, last):
+def test_the_papers_intervals_cover_the_papers_steps(host, low, high, first, last):
     assert covered(edm(), high, low) == list(range(first, last + 1))
 
 
-def test_the_upper_end_belongs_to_the_interval_and_the_lower_does_not():
+def test_the_upper_end_belongs_to_the_interval_and_the_lower_does_not(host):
     sigmas = torch.tensor([4.0, 3.0, 2.0, 1.0, 0.0])
     assert covered(sigmas, 3.0, 1.0) == [1, 2]
     assert covered(sigmas, 9.0, 0.0) == [0, 1, 2, 3]
