@@ -23,6 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from lodestar.demo import api, shapes, sheet
+from lodestar.pictures.colour import mean_saturation
 from serving import checkpoint_names, server
 
 WORKFLOWS = Path(__file__).resolve().parents[1] / "workflows"
@@ -217,10 +218,8 @@ def use_checkpoint(prompt: api.Prompt, settings: Settings) -> None:
 
 
 def saturation(picture: Image.Image) -> float:
-    """Mean HSV saturation: (max - min) / max of a pixel's channels, 0 for black."""
-    channels = np.asarray(picture, dtype=np.float64)
-    high, low = channels.max(axis=-1), channels.min(axis=-1)
-    return float(((high - low) / np.maximum(high, 1)).mean())
+    """Mean HSV saturation of a picture."""
+    return mean_saturation(np.asarray(picture))
 
 
 def real_saturation(prompts: Sequence[str], count: int = 64) -> float | None:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ..pictures.colour import mean_saturation
 from ..pictures.text import line_height, unwritable, wrapped, write
 
 _INK, _SOFT, _PAPER = "#1f2933", "#5f6b7a", "#ffffff"
@@ -29,8 +30,7 @@ class Column:
     @cached_property
     def saturation(self) -> float:
         """Mean HSV saturation."""
-        high, low = self.images[..., :3].amax(dim=-1), self.images[..., :3].amin(dim=-1)
-        return float(((high - low) / high.clamp(min=1 / 255)).double().mean())
+        return mean_saturation(255 * self.images[..., :3].numpy())
 
 
 def table(columns: Sequence[Column], settings: str) -> str:
