@@ -12,6 +12,6 @@ WEB_DIRECTORY = "./js"
 
 async def comfy_entrypoint() -> ComfyExtension:
     """The pack's nodes. Imported here so that the maths can be used without a host."""
-    from .nodes import Lodestar
+    from .extension import Lodestar
 
     return Lodestar()

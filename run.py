@@ -18,8 +18,8 @@ if sys.version_info < (3, 10):  # noqa: UP036
 
 sys.dont_write_bytecode = True  # nothing is written outside the cache
 
-from hosting import NEWEST, OLDEST, RELEASES, ROOT, Host, SetupError, cache_folder, cache_root, find_host  # noqa: E402
-from serving import ServerError, server  # noqa: E402
+from workshop.hosting import NEWEST, OLDEST, RELEASES, ROOT, Host, SetupError, cache_folder, cache_root, find_host  # noqa: E402
+from workshop.serving import ServerError, server  # noqa: E402
 
 
 def main(argv: list[str]) -> int:
@@ -96,7 +96,7 @@ def demo(args: argparse.Namespace, _: list[str]) -> int:
             options += [f"--{name}", str(value)]
     for prompt in args.prompt or ():
         options += ["--prompt", prompt]
-    return launch(find_host(args.host), "script", ROOT / "demo" / "compare.py", *options)
+    return launch(find_host(args.host), "script", ROOT / "workshop" / "compare.py", *options)
 
 
 def test(args: argparse.Namespace, rest: list[str]) -> int:
@@ -132,9 +132,9 @@ def serve(args: argparse.Namespace, _: list[str]) -> int:
 
 
 def launch(host: Host, mode: str, *args: str | Path) -> int:
-    """Go on in the host's Python, in launch.py."""
+    """Go on in the host's Python, in workshop/launching.py."""
     environment = {**os.environ, **host_environment(host)}
-    command = [str(part) for part in (host.python, ROOT / "launch.py", mode, *args)]
+    command = [str(part) for part in (host.python, ROOT / "workshop" / "launching.py", mode, *args)]
     sys.stdout.flush()
     if os.name == "posix":
         os.execve(command[0], command, environment)

@@ -10,7 +10,7 @@ from typing import Any
 import comfy.samplers
 from comfy.model_sampling import ModelSamplingDiscrete, ModelSamplingDiscreteFlow
 
-from lodestar.guiders.cfgpp import levels_of, mean_equivalent_cfg
+from lodestar.guiders.cfgpp.solvers import levels_of, mean_equivalent_cfg
 
 LAMBDAS = (0.2, 0.4, 0.6, 0.8, 1.0)
 STEPS = (10, 20, 30, 50)

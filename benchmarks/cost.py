@@ -27,18 +27,18 @@ from tqdm import tqdm
 from lodestar.benchmarks._flops import counted_flops
 from lodestar.demo import models
 from lodestar.demo.shapes import SIZE
-from lodestar.guiders.cfgpp_sampler import cfgpp_sampler
-from lodestar.guiders.coefficients import Coefficients
-from lodestar.guiders.linear_ag import replaced_steps, shifted
-from lodestar.guiders.searched_policy import GuidancePolicy
-from lodestar.guiders.setting import Setting
-from lodestar.nodes.adaptive import LodestarAdaptiveGuidance
-from lodestar.nodes.apg import LodestarAPG
-from lodestar.nodes.autoguidance import LodestarAutoguidance
-from lodestar.nodes.guidance_policy import LodestarGuidancePolicy
-from lodestar.nodes.interval import LodestarGuidanceInterval
-from lodestar.nodes.linear_ag import LodestarLinearAG
-from lodestar.nodes.pag import LodestarPAG
+from lodestar.guiders.cfgpp.sampler import cfgpp_sampler
+from lodestar.guiders.learning.setting import Setting
+from lodestar.guiders.policies.linear_ag.coefficients import Coefficients
+from lodestar.guiders.policies.linear_ag.rule import replaced_steps, shifted
+from lodestar.guiders.policies.weights_per_step import GuidancePolicy
+from lodestar.nodes.policies.adaptive import LodestarAdaptiveGuidance
+from lodestar.nodes.policies.guidance_policy import LodestarGuidancePolicy
+from lodestar.nodes.policies.interval import LodestarGuidanceInterval
+from lodestar.nodes.policies.linear_ag import LodestarLinearAG
+from lodestar.nodes.shapers.apg import LodestarAPG
+from lodestar.nodes.terms.autoguidance import LodestarAutoguidance
+from lodestar.nodes.terms.pag import LodestarPAG
 
 CAPTION = "a large purple pentagon on a cream background"
 CFG, SEED = 4.0, 7

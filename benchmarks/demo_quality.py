@@ -18,8 +18,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-from lodestar.demo import classifier, models, sheet
+from lodestar.demo import classifier, models
 from lodestar.demo.shapes import ATTRIBUTES, SIZE, Scenes, captions, draw, random_scenes
+from lodestar.pictures import sheets
 from lodestar.pictures.text import write
 
 CFG, STEPS, BATCH = 4.0, 20, 64
@@ -143,7 +144,7 @@ def sample_sheet(sampled: Mapping[str, Sampled], count: int = 64, side: int = 51
         write(pen, (x, 8), f"{label}: {result.right['all'].float().mean():.1%} right", 18, "#222222")
         tiles = (result.pictures[:count].movedim(1, -1) * 255).byte().numpy()
         framed = [frame(Image.fromarray(tile), bool(ok)) for tile, ok in zip(tiles, result.right["all"][:count], strict=True)]
-        page.paste(sheet.tiled(framed, side), (x, 36))
+        page.paste(sheets.tiled(framed, side), (x, 36))
     return page
 
 

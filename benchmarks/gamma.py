@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lodestar.demo import models
 from lodestar.demo.shapes import SIZE, captions, random_scenes
-from lodestar.guiders.adaptive import SPACES, Space, gamma, in_space
+from lodestar.guiders.policies.adaptive import SPACES, Space, gamma, in_space
 from lodestar.guiders.spaces import Layout, is_flow
 
 THRESHOLDS = (0.9, 0.95, 0.97, 0.98, 0.99, 0.991, 0.994, 0.996, 0.999)

@@ -22,9 +22,9 @@ from tqdm import tqdm
 from lodestar.benchmarks.effects.cells import SEED, Batch, decoded
 from lodestar.demo import classifier, models
 from lodestar.demo.shapes import ATTRIBUTES, SIZE, Scenes, captions, draw, random_scenes
-from lodestar.guiders.cfgpp import levels_of, mean_equivalent_cfg
-from lodestar.guiders.cfgpp_sampler import cfgpp_sampler
-from lodestar.guiders.inversion import FURTHEST, Inversion
+from lodestar.guiders.cfgpp.inversion import FURTHEST, Inversion
+from lodestar.guiders.cfgpp.sampler import cfgpp_sampler
+from lodestar.guiders.cfgpp.solvers import levels_of, mean_equivalent_cfg
 from lodestar.guiders.spaces import is_flow
 
 CFG, CFGPP, AUTHORS = "CFG", "CFG++", "CFG, authors' match"

@@ -31,8 +31,8 @@ from einops import rearrange
 from torch import Tensor
 
 from lodestar.benchmarks._flops import counted_flops
-from lodestar.guiders.frecas import Cascade
-from lodestar.guiders.stages import Stage
+from lodestar.guiders.frecas.cascade import Cascade
+from lodestar.guiders.frecas.stages import Stage
 
 CFG, NATIVE, PIXELS, TEXT = 7.5, 1024, 8, {"sdxl": 77, "sd3": 154}
 DENOISE = 0.5  # of the second KSampler: half of the steps of the first

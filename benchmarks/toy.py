@@ -2,7 +2,7 @@
 
     python run.py bench toy
 
-Every guided step goes through the pack's own functions. tests/test_toy.py asserts what the pictures show.
+Every guided step goes through the pack's own functions. tests/benchmarks/test_toy.py asserts what the pictures show.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from lodestar.guiders.apg import projected_update
-from lodestar.guiders.attention import IdentityAttention
-from lodestar.guiders.autoguidance import autoguidance_update
-from lodestar.guiders.pag import PAG
-from lodestar.guiders.run import Step
+from lodestar.guiders.engine.run import Step
+from lodestar.guiders.network.identity_attention import IdentityAttention
+from lodestar.guiders.shapers.apg import projected_update
 from lodestar.guiders.spaces import Layout
+from lodestar.guiders.terms.autoguidance import autoguidance_update
+from lodestar.guiders.terms.pag import PAG
 
 Denoiser = Callable[[Tensor, float], Tensor]
 
@@ -332,9 +332,9 @@ def report_example(file: Path) -> None:
     """What Guidance Report shows of a run of the demo model: the picture of its own help page."""
     import comfy.sample
 
-    from lodestar.guiders.apg import APG
-    from lodestar.guiders.engine import attach
-    from lodestar.guiders.layers import resolve_layers
+    from lodestar.guiders.engine.wrappers import attach
+    from lodestar.guiders.network.layers import resolve_layers
+    from lodestar.guiders.shapers.apg import APG
     from lodestar.nodes.demo_model import LodestarDemoModel
     from lodestar.nodes.report import LodestarReport
 

@@ -24,8 +24,13 @@ class AttributeClassifier(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            _stage(3, 32, 1), _stage(32, 32, 2), _stage(32, 64, 1), _stage(64, 64, 2),
-            _stage(64, 96, 1), _stage(96, 96, 2), _stage(96, 96, 1),
+            _stage(3, 32, 1),
+            _stage(32, 32, 2),
+            _stage(32, 64, 1),
+            _stage(64, 64, 2),
+            _stage(64, 96, 1),
+            _stage(96, 96, 2),
+            _stage(96, 96, 1),
         )
         self.heads = nn.ModuleDict({name: nn.Linear(96, len(choices)) for name, choices in ATTRIBUTES.items()})
 

@@ -73,9 +73,7 @@ def captions(scenes: Scenes) -> list[str]:
         return f"a {SIZES[size]} {COLOURS[colour]} {SHAPES[shape]}"
 
     sentences = []
-    for objects, background, relation in zip(
-        scenes.objects.tolist(), scenes.background.tolist(), scenes.relation.tolist(), strict=True
-    ):
+    for objects, background, relation in zip(scenes.objects.tolist(), scenes.background.tolist(), scenes.relation.tolist(), strict=True):
         subject = thing(*objects[0])
         if relation >= 0:
             subject += f" {RELATIONS[relation]} {thing(*objects[1])}"
@@ -145,9 +143,7 @@ def _signed_distance(x: torch.Tensor, y: torch.Tensor, radius: torch.Tensor, tur
     star = ((around.cos() * length - radius) * edge_y - around.sin() * length * edge_x) / norm
 
     arm = 0.34 * radius
-    cross = torch.minimum(
-        torch.maximum(x.abs() - radius, y.abs() - arm), torch.maximum(x.abs() - arm, y.abs() - radius)
-    )
+    cross = torch.minimum(torch.maximum(x.abs() - radius, y.abs() - arm), torch.maximum(x.abs() - arm, y.abs() - radius))
     ring = (length - 0.76 * radius).abs() - 0.24 * radius
     kinds = torch.stack([length - radius, ring, polygon, polygon, polygon, polygon, star, cross], dim=1)
     return kinds[torch.arange(len(shape)), shape]

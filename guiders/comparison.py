@@ -14,9 +14,9 @@ import latent_preview
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from .engine import attach
-from .plan import Policy, Rule, Shaper, plan_of
-from .run import last_log
+from .engine.plan import Policy, Rule, Shaper, plan_of
+from .engine.run import last_log
+from .engine.wrappers import attach
 
 NAME = "Compare Guidance"
 _TIMER = "lodestar_timer"  # key of the wrapper that takes the time

@@ -1,4 +1,4 @@
-/** Live charts in guidance nodes: what each node does while a sampler runs. The server's part is nodes/charts.py. */
+/** Live charts in guidance nodes: what each node does while a sampler runs. The server's part is charts.py. */
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";

@@ -6,11 +6,11 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..guiders.cfgpp import HISTORIES, SOLVERS
-from ..guiders.cfgpp_sampler import INVERSION, LARGEST, SAMPLER, cfgpp_sampler
-from ..guiders.inversion import invert
-from ..guiders.telemetry import NODE
-from .common import ATTACHED, place_of
+from ..guiders.cfgpp.inversion import invert
+from ..guiders.cfgpp.sampler import INVERSION, LARGEST, SAMPLER, cfgpp_sampler
+from ..guiders.cfgpp.solvers import HISTORIES, SOLVERS
+from ..guiders.engine.telemetry import NODE
+from .schema import ATTACHED, place_of
 
 CATEGORY = "lodestar/sampling"
 
@@ -21,7 +21,7 @@ def lambda_input(tooltip: str) -> io.Float.Input:
 
 
 class LodestarCFGPP(io.ComfyNode):
-    """See guiders/cfgpp.py."""
+    """See guiders/cfgpp/solvers.py."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -66,7 +66,7 @@ class LodestarCFGPP(io.ComfyNode):
 
 
 class LodestarCFGPPInvert(io.ComfyNode):
-    """See guiders/inversion.py."""
+    """See guiders/cfgpp/inversion.py."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

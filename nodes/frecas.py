@@ -7,10 +7,10 @@ from typing import Any
 import comfy.samplers
 from comfy_api.latest import io
 
-from ..guiders.frecas import Cascade, begin, transition
-from ..guiders.stages import NAME, Stage
-from ..guiders.transition import RESIZES
-from .common import PLACE, place_of
+from ..guiders.frecas.cascade import Cascade, begin, transition
+from ..guiders.frecas.stages import NAME, Stage
+from ..guiders.frecas.transition import RESIZES
+from .schema import PLACE, place_of
 
 CATEGORY = "lodestar/sampling"
 _SEED = {"default": 0, "min": 0, "max": 2**64 - 1, "control_after_generate": True}
@@ -37,7 +37,7 @@ def _scheduler() -> io.Combo.Input:
 
 
 class LodestarFreCaS(io.ComfyNode):
-    """See guiders/frecas.py."""
+    """See guiders/frecas/cascade.py."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -104,7 +104,7 @@ class LodestarFreCaS(io.ComfyNode):
 
 
 class LodestarStageTransition(io.ComfyNode):
-    """See guiders/transition.py."""
+    """See guiders/frecas/transition.py."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -6,9 +6,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..guiders.plan import plan_of
-from ..guiders.run import last_log
-from .report_picture import draw, table
+from ..guiders.engine.plan import plan_of
+from ..guiders.engine.run import last_log
+from ..pictures.report import draw, table
 
 
 class LodestarReport(io.ComfyNode):

@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-import launch
-from serving import NO_PROXY, server
+from workshop import launching
+from workshop.serving import NO_PROXY, server
 
-sys.path.append(str(Path(__file__).parent))  # for tools.py
-launch.alias_pack_without_host()
+sys.path += [str(folder) for folder in (Path(__file__).parent, *Path(__file__).parent.iterdir()) if folder.is_dir()]  # for tools.py
+launching.alias_pack_without_host()
 
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 FLAGS = (
@@ -37,7 +37,7 @@ _taken: set[Path] = set()
 @pytest.fixture(scope="session")
 def host() -> object:
     """The pack, loaded by the host; ``comfy`` and ``nodes`` can be imported from here on."""
-    return launch.load_pack()
+    return launching.load_pack()
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
-import launch
+from workshop import launching
 
-launch.load_pack()
+launching.load_pack()
 
 import comfy.cldm.cldm
 import comfy.controlnet
@@ -36,14 +36,14 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 import nodes
-from lodestar.guiders.apg import APG, projected_update
-from lodestar.guiders.attention import IdentityAttention
-from lodestar.guiders.autoguidance import Autoguidance
-from lodestar.guiders.engine import attach
-from lodestar.guiders.layers import resolve_layers
-from lodestar.guiders.pag import PAG
-from lodestar.guiders.plan import Rule, plan_of
-from lodestar.guiders.run import last_log
+from lodestar.guiders.engine.plan import Rule, plan_of
+from lodestar.guiders.engine.run import last_log
+from lodestar.guiders.engine.wrappers import attach
+from lodestar.guiders.network.identity_attention import IdentityAttention
+from lodestar.guiders.network.layers import resolve_layers
+from lodestar.guiders.shapers.apg import APG, projected_update
+from lodestar.guiders.terms.autoguidance import Autoguidance
+from lodestar.guiders.terms.pag import PAG
 
 __all__ = ["comfy", "custom", "node_helpers", "nodes", "perpneg"]  # for tests, which must not import the host before this
 

@@ -20,11 +20,11 @@ import torch
 from comfy.model_management import get_torch_device
 from tqdm import tqdm
 
-from hosting import cache_folder
 from lodestar.benchmarks.effects import pictures, report
 from lodestar.benchmarks.effects.cells import PACK, PER_CAPTION, Cache, Cell
 from lodestar.benchmarks.effects.claims import Results
 from lodestar.benchmarks.effects.methods import Method, methods
+from workshop.hosting import cache_folder
 
 RESULTS = PACK / "benchmarks" / "results"
 MADE, DONE = "lodestar-made", "lodestar-done"  # a worker's lines
@@ -111,7 +111,7 @@ def feed(
     number: int, names: Iterable[str], cells: Sequence[Cell], queue: SimpleQueue[Cell], cache: Cache, progress: Callable[[int], object]
 ) -> None:
     """Give one worker process a cell after another until none is left."""
-    command = [sys.executable, str(PACK / "launch.py"), "python", __file__, "--worker"]
+    command = [sys.executable, str(PACK / "workshop" / "launching.py"), "python", __file__, "--worker"]
     command += ["--samples", str(cache.samples), "--cache", str(cache.folder), *(f"--method={name}" for name in names)]
     cache.folder.mkdir(parents=True, exist_ok=True)
     log = cache.folder / f"worker-{number}.log"

@@ -11,7 +11,7 @@ from torch import Tensor
 from lodestar.benchmarks.inversion import CFG, CFGPP, originals, psnr, schedule, there_and_back, worth
 from lodestar.demo import models
 from lodestar.demo.models import MODELS
-from lodestar.guiders.cfgpp_sampler import cfgpp_sampler
+from lodestar.guiders.cfgpp.sampler import cfgpp_sampler
 
 from ..cells import Batch, Cell, decoded
 from ..claims import Claim, Results
@@ -22,9 +22,9 @@ SCALES = (1.4, 2.0, 2.8, 4.0, 5.6)  # of CFG; lambda is what is worth as much
 STEPS, HIGH = 20, 5.6
 INVERTED = (0.3, 0.6, 1.0)
 SPREAD = (
-    "at equal mean weight CFG++ is CFG with the weight spread otherwise over the steps (an identity that tests/test_cfgpp.py asserts, so "
-    "the implementation is not the reason), and one object on 32x32 pixels gains little from the spread: the differences are small beside "
-    "what CFG's own scale does (1.2 to 4.6 on the unet)."
+    "at equal mean weight CFG++ is CFG with the weight spread otherwise over the steps (an identity that tests/cfgpp/test_solvers.py "
+    "asserts, so the implementation is not the reason), and one object on 32x32 pixels gains little from the spread: the differences "
+    "are small beside what CFG's own scale does (1.2 to 4.6 on the unet)."
 )
 NEARLY_EXACT = (
     "scales are matched by mean weight, and in 20 steps lambda 1 is worth only cfg 4.7 (unet) or 3.9 (mmdit), where inversion with CFG is "

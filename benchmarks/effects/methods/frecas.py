@@ -14,8 +14,8 @@ from torch import Tensor
 from lodestar.demo import models
 from lodestar.demo.models import MODELS
 from lodestar.demo.shapes import SIZE, background_rgb, colour_rgb
-from lodestar.guiders.frecas import Cascade
-from lodestar.guiders.frequency import low_pass
+from lodestar.guiders.frecas.cascade import Cascade
+from lodestar.guiders.shapers.frequency import low_pass
 
 from ..cells import Batch, Cell, decoded
 from ..claims import Claim, Results

@@ -7,9 +7,9 @@ from functools import cache
 from torch import Tensor
 
 from lodestar.demo.models import MODELS
-from lodestar.guiders.policy_search import search
-from lodestar.guiders.searched_policy import GuidancePolicy
-from lodestar.nodes.guidance_policy import LodestarGuidancePolicy
+from lodestar.guiders.policies.search import search
+from lodestar.guiders.policies.weights_per_step import GuidancePolicy
+from lodestar.nodes.policies.guidance_policy import LodestarGuidancePolicy
 
 from ..cells import Batch, Cell
 from ..claims import Claim, Results

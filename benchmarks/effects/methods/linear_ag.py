@@ -13,10 +13,10 @@ from torch import Tensor
 from lodestar.demo import models
 from lodestar.demo.models import MODELS
 from lodestar.demo.shapes import SIZE, captions, random_scenes
-from lodestar.guiders.coefficients import Coefficients
-from lodestar.guiders.linear_ag_fit import fit
-from lodestar.guiders.trajectories import Runs
-from lodestar.nodes.linear_ag import LodestarLinearAG
+from lodestar.guiders.learning.runs import Runs
+from lodestar.guiders.policies.linear_ag.coefficients import Coefficients
+from lodestar.guiders.policies.linear_ag.fit import fit
+from lodestar.nodes.policies.linear_ag import LodestarLinearAG
 
 from ..cells import Batch, Cell, decoded
 from ..claims import Claim, Results

@@ -17,7 +17,7 @@ WHY = (
     "PAG 7.01 for the unet, 7.28 for the mmdit): unet input:3 6.99, output:0 6.96, output:1 6.60, output:2 7.46, output:3 7.07, the "
     "middle block without any effect; mmdit double:1 6.44, double:2 8.49, double:3 7.68. The implementation is not the reason: it "
     "equals ComfyUI's own node on a UNet's middle block and explicit masks of minus infinity everywhere else "
-    "(tests/test_host_nodes.py, tests/test_attention.py)."
+    "(tests/engine/test_host_nodes.py, tests/network/test_identity_attention.py)."
 )
 FALLS = Metric("fall of recall", RECALL.of, -1)
 

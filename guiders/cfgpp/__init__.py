@@ -1,0 +1,1 @@
+"""CFG++: solvers, the sampler in the host, inversion."""

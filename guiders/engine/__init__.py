@@ -1,0 +1,1 @@
+"""The machinery that evaluates and combines predictions. No method is named here."""

@@ -1,0 +1,141 @@
+"""Model calls: what is counted, which rows of the batch go through the model, and what other packs see of extra branches.
+
+The host prepares its fused batch for all rows: conditioning, areas, masks, ControlNets. Rows whose result nobody needs are left out
+here, around the model. Other packs' patches count on chunks of equal size (``len(x) // len(cond_or_uncond)``), so
+chunks with different rows go through the model one after the other, and the rows in total are the rows that are needed.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import comfy.conds
+import torch
+from torch import Tensor
+
+from ..spaces import beside
+from .plan import Rows
+from .run import KEY, NARROWED, OPTIONS_PLACE, RUN, Run
+
+_LABELS = "lodestar_labels"  # the lanes of the batch, where cond_or_uncond says what they would be without us
+
+
+def outermost(wrappers: dict[str, list], ours: list) -> dict[str, list]:
+    """Wrappers of one kind with ours around the others: lanes are still the guider's there, and the others see no row that is left out."""
+    return {KEY: ours} | {key: others for key, others in wrappers.items() if key != KEY}
+
+
+def apply_model(executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """APPLY_MODEL wrapper: leaves out rows, counts, applies variants to the rows of their branches."""
+    options = kwargs["transformer_options"] if "transformer_options" in kwargs else args[OPTIONS_PLACE]
+    run = options.get(RUN)
+    if run is None:  # called outside of a sampling run
+        return executor(x, t, *args, **kwargs)
+
+    def call(x: Tensor, t: Tensor, options: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        branches = [run.branch_of(label) for label in _labels(options)]
+        for variant in dict.fromkeys(branch.variant for branch in branches if branch is not None):
+            options = variant.patch(options, [branch is not None and branch.variant == variant for branch in branches])
+        if "transformer_options" in kwargs:
+            return executor(x, t, *args, **kwargs | {"transformer_options": options})
+        return executor(x, t, *args[:OPTIONS_PLACE], options, *args[OPTIONS_PLACE + 1 :], **kwargs)
+
+    chunks = len(_labels(options))
+    groups = _groups([run.rows_of(label) for label in _labels(options)], len(x) / chunks)
+    if groups is None:
+        run.count(len(x), chunks)
+        return call(x, t, options, args, kwargs)
+    constant = _constants(run)
+    out = None
+    for members, rows in groups:
+        batch = len(x) // chunks
+        places = [batch * member + row for member in members for row in rows]
+        run.count(len(places), len(places) / batch)
+        take = _Selection(len(x), beside(x, places))
+        named = {name: value if name in constant else take(value) for name, value in kwargs.items()}
+        part = call(take(x), take(t), _narrowed(options, members, rows, batch), tuple(take(arg) for arg in args), named)
+        out = part.new_zeros(len(x), *part.shape[1:]) if out is None else out
+        out[take.places] = part
+    return out
+
+
+def _labels(options: dict[str, Any]) -> list[int]:
+    return options.get(_LABELS, options["cond_or_uncond"])
+
+
+def _groups(needed: list[Rows], batch: float) -> list[tuple[list[int], list[int]]] | None:
+    """Chunks that need the same rows, with these rows; None where every chunk needs all of them.
+
+    Also None where the batch has been regrouped on the way here (tiles), so that a chunk's rows are not the sampler's: then all are
+    evaluated, and the ones that were not needed are replaced afterwards.
+    """
+    partial = [rows for rows in needed if not isinstance(rows, bool)]
+    if not partial or any(len(rows) != batch for rows in partial):
+        return None
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for chunk, rows in enumerate(needed):
+        every = range(int(batch)) if isinstance(rows, bool) else (i for i, wanted in enumerate(rows) if wanted)
+        groups.setdefault(tuple(every), []).append(chunk)
+    return [(chunks, list(rows)) for rows, chunks in groups.items()]
+
+
+class _Selection:
+    """Some entries of whatever has one entry for each of ``size`` rows; everything else as it is."""
+
+    def __init__(self, size: int, places: Tensor) -> None:
+        self.size, self.places = size, places
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            own = value.ndim > 0 and len(value) == self.size
+            return value[self.places.to(value.device)] if own else value
+        if isinstance(value, dict) and RUN not in value:  # transformer_options are narrowed apart
+            return {name: self(part) for name, part in value.items()}
+        if isinstance(value, list):
+            return [self(part) for part in value]
+        return value
+
+
+def _constants(run: Run) -> set[str]:
+    """Names of conditioning that is the same for all rows, whatever its shape."""
+    lists: Iterable[list[dict[str, Any]]] = [*run.guider.conds.values(), *(weak.conds for weak in run.weak.values())]
+    values = (item for conds in lists for cond in conds for item in cond.get("model_conds", {}).items())
+    return {name for name, value in values if isinstance(value, comfy.conds.CONDConstant)}
+
+
+def _narrowed(options: dict[str, Any], members: list[int], rows: list[int], batch: int) -> dict[str, Any]:
+    """transformer_options of some chunks and rows. Caches are keyed by uuid and hold whole chunks, so that fewer rows get another one."""
+    narrow = options | {name: [options[name][i] for i in members] for name in ("cond_or_uncond", _LABELS) if name in options}
+    if "uuids" in options:
+        tag = f"lodestar rows {rows}"
+        uuids = [options["uuids"][i] for i in members]
+        narrow[NARROWED] = (None if len(rows) == batch else rows), uuids
+        narrow["uuids"] = uuids if len(rows) == batch else [uuid.uuid5(name, tag) for name in uuids]
+    if isinstance(options.get("sigmas"), Tensor) and len(options["sigmas"]) == batch:
+        narrow["sigmas"] = options["sigmas"][beside(options["sigmas"], rows)]
+    return narrow
+
+
+def with_host_labels(run: Run, function: Callable, apply: Callable, arguments: dict[str, Any]) -> Tensor:
+    """The host's slot around apply_model: from here inwards nobody sees the labels of extra branches."""
+    lanes = arguments["cond_or_uncond"]
+    labels = run.host_labels(lanes)
+    options = arguments["c"]["transformer_options"] | {_LABELS: lanes, "cond_or_uncond": labels}
+    return function(apply, arguments | {"cond_or_uncond": labels, "c": arguments["c"] | {"transformer_options": options}})
+
+
+def call_model(apply: Callable, arguments: dict[str, Any]) -> Tensor:
+    """What the host does where nobody has claimed that slot."""
+    return apply(arguments["input"], arguments["timestep"], **arguments["c"])
+
+
+def replace_rows(prediction: Tensor, rows: Rows, others: Tensor) -> Tensor:
+    """``prediction`` [B, ...] with the rows that are not among ``rows`` taken from ``others``; a new tensor unless all are."""
+    if rows is True:
+        return prediction
+    if rows is False:
+        return others.clone()
+    mask = beside(prediction, rows).reshape(-1, *[1] * (prediction.ndim - 1))
+    return torch.where(mask, prediction, others)

@@ -1,0 +1,133 @@
+"""What runs tell while they go on, for the charts in the nodes of a graph.
+
+Nobody listens unless the part of the pack that knows the web server says so by ``connect``. Without a listener a run makes no Telemetry,
+and nothing here is called while it samples.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .plan import CFG_UPDATE, GuidancePlan, Rule
+from .run import Run, RunLog, joined
+
+if TYPE_CHECKING:
+    from ..frecas.stages import Stage
+
+Message = dict[str, Any]  # goes out as JSON
+TELEMETRY = "lodestar_telemetry"  # in a model's transformer_options: that of the cascade whose stage the model samples
+NODE = "lodestar_node"  # attribute of a SAMPLER that guides: the node of the graph that it comes from
+PERIOD = 0.25  # seconds between two messages
+
+
+class Listener(Protocol):
+    """Who is told about the sampling calls of one prompt."""
+
+    def present(self) -> bool:
+        """Whether anybody would see a message now."""
+
+    def tell(self, message: Message) -> None:
+        """Pass a message on; each one replaces all earlier ones of its sampler."""
+
+
+def _nobody() -> Listener | None:
+    return None
+
+
+_find_listener: Callable[[], Listener | None] = _nobody
+
+
+def connect(find: Callable[[], Listener | None] | None) -> None:
+    """From now on ask this, at the start of every sampling call, for its listener; None: there is none any more."""
+    global _find_listener
+    _find_listener = find or _nobody
+
+
+def of_run(run: Run, sampler: Any) -> Telemetry | None:
+    """The telemetry that a run has to feed: its cascade's, or its own if a node has something to show to somebody."""
+    options = run.guider.model_options["transformer_options"]
+    if TELEMETRY in options:
+        return options[TELEMETRY]
+    node = getattr(sampler, NODE, None)
+    if node is None and not _shown(run.plan):
+        return None
+    listener = _find_listener()
+    return None if listener is None else Telemetry(listener, node)
+
+
+def of_cascade(node: str | None, stages: Sequence[Stage]) -> Telemetry | None:
+    """One telemetry for all stages of the cascade that a node of the graph runs."""
+    listener = None if node is None else _find_listener()
+    return None if listener is None else Telemetry(listener, node, stages)
+
+
+class Telemetry:
+    """Tells a listener about one run, or about the runs of a cascade as of one; ``node`` is that of the sampler or the cascade itself."""
+
+    def __init__(self, listener: Listener, node: str | None = None, stages: Sequence[Stage] = ()) -> None:
+        self.listener, self.node, self.stages = listener, node, stages
+        self.past: list[RunLog] = []
+        self.due = 0.0
+        self.told = False
+
+    def step(self, run: Run) -> None:
+        """After an evaluation: a message, unless the last one is too young or nobody is there."""
+        now = time.monotonic()
+        if now >= self.due and self.listener.present():
+            self.due = now + PERIOD
+            self._tell(run, run.log_so_far())
+
+    def finish(self, run: Run) -> None:
+        """The last message of a run, also to somebody who has left since the one before: a page that is loaded again."""
+        if self.told or self.listener.present():
+            self._tell(run, run.log, over=True)
+        self.past.append(run.log)
+
+    def _tell(self, run: Run, log: RunLog, over: bool = False) -> None:
+        self.told = True
+        before = sum(past.steps for past in self.past)
+        whole = joined([*self.past, log])
+        message = {
+            "step": before + run.index + 1,
+            "steps": sum(stage.steps for stage in self.stages) or log.steps,
+            "nfe": round(whole.nfe, 2),
+            "saved": round(whole.saved, 2),
+            "evaluations": _points(whole.evaluations),
+            "done": over and len(self.past) + 1 >= len(self.stages),
+            "nodes": self._nodes(run, log, whole, before),
+        }
+        if self.stages:
+            message["stage"] = len(self.past)
+            message["stages"] = [{"width": stage.width, "height": stage.height, "steps": stage.steps} for stage in self.stages]
+        self.listener.tell(message)
+
+    def _nodes(self, run: Run, log: RunLog, whole: RunLog, before: int) -> dict[str, Message]:
+        """By node: the name and the points of its curve, and for a policy that switches, where it does."""
+        nodes = {}
+        for index, rule, node in _shown(run.plan):
+            label = rule.curve or run.names[index]
+            nodes[node] = {"curve": label, "points": _points(whole.curves.get(label, {})), "policy": rule.curve is not None}
+            if rule.name in log.switches:
+                switch = log.switches[rule.name]
+                steps = [None if step is None else before + step for step in switch.steps]
+                nodes[node]["switch"] = {"threshold": switch.threshold, "steps": steps}
+        if self.node is not None:
+            nodes[self.node] = {"curve": CFG_UPDATE, "points": _points(whole.curves.get(CFG_UPDATE, {})), "policy": False}
+        return nodes
+
+
+def _shown(plan: GuidancePlan) -> list[tuple[int, Rule, str]]:
+    """The rules that do something and come from a node, with their place in the plan."""
+    return [
+        (index, rule, node)
+        for index, (rule, node) in enumerate(zip(plan.rules, plan.nodes, strict=False))
+        if node is not None and not rule.neutral
+    ]
+
+
+def _points(curve: Mapping[int, float]) -> list[tuple[int, float | None]]:
+    """Steps with values short enough for a chart; JSON has no word for what is not finite."""
+    return [(step, float(f"{value:.5g}") if math.isfinite(value) else None) for step, value in curve.items()]

@@ -1,0 +1,1 @@
+"""FreCaS: pictures in stages of growing size."""

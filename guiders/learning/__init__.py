@@ -1,0 +1,1 @@
+"""What fits, searches and trainings share."""

@@ -1,0 +1,58 @@
+"""Sampling runs to learn from: the prompts in turn, a seed for each run, through the host's own guider."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.sample
+import comfy.samplers
+from torch import Tensor
+
+from ..engine.host import reads_uncond
+from ..engine.plan import Policy, Rule, plan_of
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What the runs of one fit or search share. ``positive`` holds one CONDITIONING or several, which take turns."""
+
+    name: str
+    model: Any
+    positive: Sequence[list]
+    negative: list
+    latent: Mapping[str, Any]
+    sampler: Any
+    sigmas: Tensor
+    cfg: float
+    seed: int
+
+    def check(self, least_steps: int, alone: type[Rule] = Policy) -> None:
+        """Raise ValueError for what no run can be learnt from; ``alone``: the kind of rule that may not be on the model."""
+        if len(self.sigmas) - 1 < least_steps:
+            raise ValueError(f"{self.name} needs a schedule of at least {least_steps} steps; these sigmas have {len(self.sigmas) - 1}.")
+        if self.cfg == 1:
+            raise ValueError(f"{self.name} imitates CFG, and cfg 1 is none; use the cfg that you sample with.")
+        if self.latent["samples"].is_nested:
+            raise ValueError(f"{self.name} takes a latent of one part, not one of picture and sound.")
+        if reads_uncond(self.sampler):
+            raise ValueError(f"{self.name} cannot use the sampler {reads_uncond(self.sampler)}, which needs uncond at every step.")
+        plan = plan_of(self.model.model_options)
+        for _, rule in plan.active(alone) if plan else ():
+            raise ValueError(f"{self.name} needs plain CFG at every step; bypass {rule.name} on its model.")
+
+    def guider(self, number: int, model: Any) -> Any:
+        """A guider of a MODEL for run ``number``."""
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(self.positive[number % len(self.positive)], self.negative)
+        guider.set_cfg(self.cfg)
+        return guider
+
+    def sample(self, guider: Any, number: int, sampler: Any, most: int | None = None) -> Tensor:
+        """Run ``number``, as the sampler nodes do for the seed ``seed + number``, with at most ``most`` rows of the latent."""
+        ratios = [self.latent[key] for key in ("downscale_ratio_spacial", "downscale_ratio_temporal") if self.latent.get(key)]
+        latent = comfy.sample.fix_empty_latent_channels(self.model, self.latent["samples"], *ratios)[:most]
+        noise = comfy.sample.prepare_noise(latent, self.seed + number)
+        mask = self.latent.get("noise_mask")
+        return guider.sample(noise, latent, sampler, self.sigmas, denoise_mask=mask, disable_pbar=True, seed=self.seed + number)

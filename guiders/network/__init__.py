@@ -1,0 +1,1 @@
+"""Reaching into a network: its layers, its attention calls."""

@@ -1,0 +1,1 @@
+"""Rules that decide what is evaluated at each step."""

@@ -1,0 +1,1 @@
+"""LinearAG: the unconditional prediction by linear regression."""

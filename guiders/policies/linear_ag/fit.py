@@ -1,0 +1,85 @@
+"""Fitting LinearAG: CFG trajectories, of which nothing is kept but their inner products. Castillo et al., AAAI 2025, arXiv 2312.12487.
+
+Steps are regressed on what CFG really evaluated, while sampling feeds predictions of earlier steps back in. Fitting each step on runs
+that already use the steps before it takes a set of trajectories for each of them, and gained little (see the help page).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import comfy.model_management
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ...engine.plan import Choice, Policy
+from ...engine.run import Step
+from ...engine.wrappers import attach
+from ...learning.runs import Runs
+from ...learning.setting import Setting
+from .coefficients import Coefficients
+from .rule import Gram, score
+
+NAME = "LinearAG: fit"
+LEAST_STEPS = 4  # the first schedule with a step to replace
+
+
+class Trajectory:
+    """The scores of one run, in the order of its steps."""
+
+    def __init__(self, progress: comfy.utils.ProgressBar) -> None:
+        self.cond: list[Tensor] = []
+        self.uncond: list[Tensor] = []
+        self.progress = progress
+
+    def see(self, cond: Tensor, uncond: Tensor) -> None:
+        """Take the scores of the next step."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        self.cond.append(cond)
+        self.uncond.append(uncond)
+        self.progress.update(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorder(Policy):
+    """Hands the scores of plain CFG to a trajectory."""
+
+    name: ClassVar[str] = NAME
+    trajectory: Trajectory
+
+    @property
+    def neutral(self) -> bool:
+        """Never."""
+        return False
+
+    def choose(self, step: Step) -> Choice:
+        """Plain CFG."""
+        return Choice()
+
+    def observe(self, cond: Tensor | None, uncond: Tensor | None, x: Tensor, sigma: Tensor, step: Step) -> None:
+        """Once per step. Raises ValueError in the first step of a sampler that evaluates more often."""
+        if not step.first:
+            raise ValueError(f"{NAME} needs a sampler that evaluates the model once per step, such as euler, dpmpp_2m or ddim.")
+        self.trajectory.see(score(x, cond, sigma), score(x, uncond, sigma))
+
+
+def fit(runs: Runs, trajectories: int) -> Coefficients:
+    """Sample ``trajectories`` images with CFG, as many at a time as the latent has rows, and solve.
+
+    Raises ValueError as ``Runs.check`` does, and for samplers of several evaluations per step.
+    """
+    runs.check(LEAST_STEPS)
+    steps = len(runs.sigmas) - 1
+    gram = Gram(steps)
+    batch = len(runs.latent["samples"])
+    progress = comfy.utils.ProgressBar(steps * -(-trajectories // batch))
+    for number in range(-(-trajectories // batch)):
+        trajectory = Trajectory(progress)
+        guider = runs.guider(number, attach(runs.model, Recorder(trajectory=trajectory)))
+        runs.sample(guider, number, runs.sampler, trajectories - gram.trajectories)
+        gram.add(trajectory.cond, trajectory.uncond)
+    if not torch.isfinite(gram.matrix).all():
+        raise ValueError(f"{NAME}: the model's predictions are not finite with these settings.")
+    return Coefficients.of(gram, Setting.of(guider, runs.sampler, runs.sigmas))

@@ -1,0 +1,1 @@
+"""Rules that reshape the CFG update."""

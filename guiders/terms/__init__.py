@@ -1,0 +1,1 @@
+"""Rules that add an update against another prediction."""

@@ -1,0 +1,77 @@
+"""Autoguidance: guide with a worse version of the model. Karras et al., NeurIPS 2024, arXiv 2406.02507, eq. 3 and appendix."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ..engine.branches import Branch
+from ..engine.plan import Term
+from ..engine.run import Step
+
+
+def autoguidance_update(cond: Tensor, weak: Tensor, w: float) -> Tensor:
+    """(w - 1)(D_1 - D_0): what D_0 + w (D_1 - D_0) adds to D_1."""
+    return (w - 1) * (cond - weak)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Autoguidance(Term):
+    """D + (w - 1)(D_c - D_weak); with CFG this is the paper's form for several guides."""
+
+    name: ClassVar[str] = "Autoguidance"
+    weak_model: Any
+    scale: float = 2.0
+
+    @property
+    def neutral(self) -> bool:
+        """Scale 1 is the main model alone."""
+        return self.scale == 1
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """The positive conditioning on the weak model."""
+        return (Branch(model=self.weak_model),)
+
+    def add(self, denoised: Tensor, cond: Tensor, others: Mapping[Branch, Tensor], step: Step) -> Tensor:
+        """See autoguidance_update."""
+        return denoised + autoguidance_update(cond, others[self.branches[0]], self.scale)
+
+
+def check_weak_model(model: Any, weak_model: Any) -> None:
+    """Raise ValueError if the two models do not work on the same kind of latent."""
+    main, weak = (patcher.model.latent_format for patcher in (model, weak_model))
+    if type(main).__name__ != type(weak).__name__ or main.latent_channels != weak.latent_channels:
+        raise ValueError(
+            f"Autoguidance needs two models of one latent format: model has {_describe(main)}, weak_model has {_describe(weak)}."
+        )
+
+
+def with_own_weights(weak_model: Any, model: Any) -> Any:
+    """The weak model, with a copy of the weights where both are clones of one loaded model that differ in their LoRA patches.
+
+    The host's cache hands out one instance however often a file is loaded, and one instance cannot hold two sets of patches at a time.
+    """
+    if weak_model.model is not model.model or weak_model.patches_uuid == model.patches_uuid:
+        return weak_model
+    if weak_model.is_dynamic():
+        raise ValueError(
+            "Autoguidance: model and weak_model are the same loaded file with different LoRAs, and dynamic VRAM keeps one set of weights "
+            "per file. Copy the file under another name and load that as weak_model, or start ComfyUI with --disable-dynamic-vram."
+        )
+    import comfy.model_management
+
+    comfy.model_management.unload_all_models()  # takes applied patches out of the weights before they are copied
+    own = weak_model.clone()
+    config = weak_model.model.model_config  # answers to every name, which copy takes for methods
+    own.model = copy.deepcopy(weak_model.model, {id(config): config})
+    own.backup, own.object_patches_backup, own.pinned = {}, {}, set()
+    return own
+
+
+def _describe(latent_format: Any) -> str:
+    return f"{type(latent_format).__name__} ({latent_format.latent_channels} channels)"

@@ -1,0 +1,1 @@
+"""Nodes of the rules in guiders/policies."""

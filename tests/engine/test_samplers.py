@@ -1,0 +1,175 @@
+"""All of the host's samplers: where in the schedule a run stands, and that guidance works and costs no waiting for the GPU."""
+
+from __future__ import annotations
+
+import collections
+from dataclasses import dataclass, field
+
+import pytest
+import tools
+import torch
+from tools import close, comfy, empty_latent, guided, log_of, pag, reference, sample, tiny
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lodestar.guiders.engine.plan import Shaper
+from lodestar.guiders.engine.run import nearest_step
+from lodestar.guiders.policies.interval import GuidanceInterval
+from lodestar.guiders.shapers.apg import APG
+
+SAMPLERS = comfy.samplers.KSampler.SAMPLERS
+OWN_LEVELS = ("dpm_fast", "dpm_adaptive")  # these choose noise levels themselves
+STAGES = {
+    "heun": 2, "heunpp2": 3, "dpm_2": 2, "dpm_2_ancestral": 2, "dpmpp_sde": 2, "dpmpp_2s_ancestral": 2, "seeds_2": 2, "seeds_3": 3,
+    "exp_heun_2_x0": 2, "exp_heun_2_x0_sde": 2,
+}  # fmt: skip
+STAGES = {name: stages for name, stages in STAGES.items() if name in SAMPLERS}
+SMALL = {
+    "unet": {"channel_mult": (1,), "num_res_blocks": [1], "transformer_depth": [1], "transformer_depth_output": [1, 1]},
+    "mmdit": {"num_blocks": 2},
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe(Shaper):
+    """Notes the steps it is asked at."""
+
+    name = "Probe"
+    neutral = False
+    seen: list = field(default_factory=list)
+
+    def shape(self, update, denoised, step):
+        """Nothing but the note."""
+        self.seen.append((step.index, step.first))
+        return update
+
+
+def small(kind, seed=0):
+    return tiny(kind, seed, **SMALL[kind])
+
+
+def run(model, sampler, steps=4, **more):
+    return sample(model, sampler=sampler, steps=steps, latent=empty_latent(model, 1, 8), **more)
+
+
+# --- where a run stands ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["unet", "mmdit"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_step_of_the_schedule_begins_once_and_in_order(sampler, kind):
+    probe, steps = Probe(), 4
+    run(guided(small(kind), probe), sampler, steps)
+    indices = [index for index, _ in probe.seen]
+    begun = [index for index, first in probe.seen if first]
+    assert begun == sorted(set(indices))
+    assert set(indices) <= set(range(steps))
+    if sampler not in OWN_LEVELS:
+        assert begun == list(range(steps))
+    if sampler != "dpm_adaptive":  # which takes steps back
+        assert indices == sorted(indices)
+    if sampler in STAGES:
+        assert collections.Counter(indices)[0] == STAGES[sampler]
+
+
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name not in OWN_LEVELS])
+def test_windows_are_decided_once_per_step(sampler):
+    """A step whose start lies inside is inside with all its stages."""
+    inside, everywhere = Probe(start_percent=0.2, end_percent=0.6), Probe()
+    main = guided(small("unet"), inside, everywhere)
+    run(main, sampler, steps=6)
+    sampling = main.get_model_object("model_sampling")
+    high, low = (float(sampling.percent_to_sigma(percent)) for percent in (0.2, 0.6))
+    levels = log_of(main).sigmas
+    expected = [note for note in everywhere.seen if low < levels[note[0]] <= high]
+    assert inside.seen == expected
+    assert 0 < len(expected) < len(everywhere.seen)
+
+
+@pytest.mark.parametrize("kind", ["unet", "mmdit"])
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", *(name for name in STAGES if name != "heunpp2")])  # whose stages get fewer
+def test_momentum_advances_once_per_step(sampler, kind):
+    model = small(kind)
+    rule = APG(momentum=-0.5, norm_threshold=2.0)
+    result = run(guided(model, rule), sampler)
+    assert close(result, run(reference(model, rule, stages=STAGES.get(sampler, 1)), sampler))
+    if sampler in STAGES:
+        assert not close(result, run(reference(model, rule), sampler))
+
+
+def test_samplers_that_start_over_start_afresh():
+    """Autoregressive video: the same schedule for each block of frames, and no momentum from the last one."""
+
+    def twice(model, x, sigmas, extra_args, callback, disable):
+        blocks = [comfy.k_diffusion.sampling.sample_euler(model, x, sigmas, extra_args, callback, disable) for _ in range(2)]
+        assert torch.equal(*blocks)
+        return blocks[1]
+
+    model = small("unet")
+    main, sigmas = guided(model, APG()), torch.tensor([5.0, 2.0, 1.0, 0.0])
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        comfy.sample.sample_custom(
+            main, noise, 4.0, comfy.samplers.KSAMPLER(twice), sigmas, tools.cond(1), tools.cond(2), noise * 0, disable_pbar=True
+        )
+
+
+def test_a_sampler_without_a_loop_is_placed_by_its_noise_level():
+    assert [nearest_step([10.0, 5.0, 1.0, 0.0], sigma) for sigma in (20.0, 10.0, 7.0, 5.0, 2.0, 1.0, 0.5)] == [0, 0, 0, 1, 1, 2, 2]
+
+
+# --- no waiting for the GPU ------------------------------------------------------------------------------------------
+
+
+class ValuesRead(TorchDispatchMode):
+    """Counts the operations that hand a tensor's value to Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().split("::")[1].split(".")[0]
+        self.count += name in ("_local_scalar_dense", "is_nonzero", "item", "equal", "nonzero", "unique", "masked_select", "allclose")
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("kind", ["unet", "mmdit"])
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m_sde", "uni_pc"])
+def test_steps_read_no_values_off_the_device(sampler, kind):
+    counts = []
+    model = small(kind)
+    rules = [*tools.all_rules(kind), GuidanceInterval(start_percent=0.1, end_percent=0.8)]
+    solver = comfy.samplers.sampler_object(sampler)
+    inner = solver.sampler_function
+
+    def observed(*args, **kwargs):
+        with ValuesRead() as mode:
+            result = inner(*args, **kwargs)
+        counts.append(mode.count)
+        return result
+
+    solver.sampler_function = observed
+    noise = torch.randn(empty_latent(model, 1, 8).shape, generator=torch.Generator().manual_seed(0))
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", 4)
+    for main in (model, guided(model, *rules)):
+        with torch.inference_mode():
+            comfy.sample.sample_custom(main, noise, 4.0, solver, sigmas, tools.cond(1), tools.cond(2), noise * 0, disable_pbar=True, seed=0)
+    plain, ours = counts
+    assert ours == plain
+
+
+# --- all of them -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["unet", "mmdit"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_all_samplers_and_schedulers(sampler, kind):
+    model = small(kind)
+    main = guided(model, APG(norm_threshold=2.0), pag(model, 1.0))
+    neutral = guided(model, APG(eta=1.0, norm_threshold=0.0, momentum=0.0), pag(model, 0.0), GuidanceInterval())
+    for scheduler in ("normal", "karras", "beta"):
+        plain = run(model, sampler, steps=3, scheduler=scheduler)
+        assert torch.equal(run(neutral, sampler, steps=3, scheduler=scheduler), plain)
+        result = run(main, sampler, steps=3, scheduler=scheduler)
+        assert torch.isfinite(result).all()
+        assert not torch.equal(result, plain)

@@ -1,0 +1,208 @@
+"""Autoguidance's second model: loaded by the host with the first, on the same noisy point, and never in its way."""
+
+from __future__ import annotations
+
+import pytest
+import tools
+import torch
+from tools import WrappersMP, close, comfy, empty_latent, guided, nodes, pag, sample, tiny
+from torch import Tensor
+
+from lodestar.guiders.shapers.apg import APG
+from lodestar.guiders.spaces import reparametrise
+from lodestar.guiders.terms.autoguidance import Autoguidance, with_own_weights
+
+
+def run(model, **more):
+    return sample(model, **{"steps": 3, "latent": empty_latent(model, 1, 8)} | more)
+
+
+def attach_node(model, weak_model, scale=2.0):
+    node = nodes.NODE_CLASS_MAPPINGS["LodestarAutoguidance"]
+    return node.execute(model, weak_model, scale, 0.0, 1.0).result[0]
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_host_loads_both_models_together():
+    model, weak = tiny("unet"), tiny("unet", seed=7)
+    loaded = []
+
+    def note(executor, *args, **kwargs):
+        loaded.append([entry.model.model for entry in comfy.model_management.current_loaded_models])
+        return executor(*args, **kwargs)
+
+    main = tools.with_wrapper(guided(model, Autoguidance(weak_model=weak)), WrappersMP.SAMPLER_SAMPLE, note)
+    comfy.model_management.unload_all_models()
+    run(main)
+    assert {id(m) for m in loaded[0]} >= {id(model.model), id(weak.model)}
+    comfy.model_management.unload_all_models()
+    assert comfy.model_management.current_loaded_models == []
+    assert torch.equal(run(main), run(main))
+
+
+def test_neutral_settings_load_nothing():
+    model, weak = tiny("unet"), tiny("unet", seed=7)
+    main = guided(model, Autoguidance(weak_model=weak, scale=1.0))
+    assert main.get_additional_models() == []
+
+
+def test_the_weak_model_can_be_sampled_itself_afterwards():
+    model, weak = tiny("unet"), tiny("unet", seed=7)
+    alone, options = run(weak), repr(weak.model_options)
+    run(guided(model, Autoguidance(weak_model=weak)))
+    assert torch.equal(run(weak), alone)
+    assert repr(weak.model_options) == options
+
+
+def test_a_weak_model_with_a_plan_of_its_own_is_evaluated_plainly():
+    model, weak = tiny("unet"), tiny("unet", seed=7)
+    guided_weak = guided(weak, APG(), pag(weak))
+    expected = run(guided(model, Autoguidance(weak_model=weak)))
+    assert torch.equal(run(guided(model, Autoguidance(weak_model=guided_weak))), expected)
+
+
+@pytest.mark.parametrize("kind", tools.KINDS)
+def test_the_same_model_twice_has_nothing_to_add(kind):
+    model = tiny(kind)
+    assert close(run(attach_node(model, model.clone(), scale=3.0)), run(model))
+
+
+# --- refused ---------------------------------------------------------------------------------------------------------
+
+
+def test_another_latent_format_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"SD15 \(4 channels\).*SD3 \(16 channels\)"):
+        attach_node(tiny("unet"), tiny("mmdit"))
+
+
+def test_another_latent_format_of_as_many_channels_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"SD15.*SDXL"):
+        other = tiny("unet")
+        other.model.latent_format = comfy.latent_formats.SDXL()
+        attach_node(tiny("unet"), other)
+
+
+# --- one file, two sets of LoRAs -------------------------------------------------------------------------------------
+
+
+def lora(model, seed: int):
+    """A clone with a random patch in its weights."""
+    clone = model.clone()
+    key = next(name for name in model.model.state_dict() if name.endswith(("middle_block.0.in_layers.2.weight", "attn.qkv.weight")))
+    patch = 0.3 * torch.randn(model.model.state_dict()[key].shape, generator=torch.Generator().manual_seed(seed))
+    clone.add_patches({key: (patch,)}, 1.0)
+    return clone
+
+
+@pytest.mark.parametrize("kind", ["unet", "mmdit"])
+@pytest.mark.parametrize("which", ["main", "weak", "both"])
+def test_one_file_with_two_sets_of_loras(which, kind):
+    """As two separately loaded files would do it, and without leaving anything in the main model."""
+
+    def pair(first, second):
+        return (lora(first, 1) if which != "weak" else first), (lora(second, 2) if which != "main" else second)
+
+    expected = run(attach_node(*pair(tiny(kind), tiny(kind))))
+    base = tiny(kind)
+    plain = run(base)
+    main, weak = pair(base, base)
+    patched = run(main)
+    both = attach_node(main, weak)
+    assert torch.equal(run(both), expected)
+    assert torch.equal(run(main), patched)
+    assert torch.equal(run(base), plain)
+    assert not close(expected, patched, 1e-3)
+    assert torch.equal(run(both), expected)
+
+
+def test_own_weights_only_where_they_are_needed():
+    base, other = tiny("unet"), tiny("unet")
+    assert with_own_weights(other, base) is other
+    clone = base.clone()
+    assert with_own_weights(clone, base) is clone
+    assert with_own_weights(lora(base, 1), base).model is not base.model
+
+
+# --- another parametrisation -----------------------------------------------------------------------------------------
+
+
+class Gaussian(torch.nn.Module):
+    """The exact network for data N(mean, 1): posterior mean in closed form, in any parametrisation."""
+
+    def __init__(self, sampling, mean: float) -> None:
+        super().__init__()
+        self.sampling, self.mean, self.dtype = sampling, mean, torch.float32
+
+    def denoised(self, x: Tensor, sigma: Tensor, flow: bool) -> Tensor:
+        """E[x0 | x] on x = x0 + sigma n, or x = (1 - sigma) x0 + sigma n."""
+        a = 1 - sigma if flow else torch.ones_like(sigma)
+        return self.mean + a / (a**2 + sigma**2) * (x - a * self.mean)
+
+    def forward(self, x: Tensor, timesteps: Tensor, **_) -> Tensor:
+        raise NotImplementedError
+
+
+class Eps(Gaussian):
+    def forward(self, x: Tensor, timesteps: Tensor, **_) -> Tensor:
+        sigma = self.sampling.sigma(timesteps).reshape(-1, 1, 1, 1)
+        x = x * (sigma**2 + 1) ** 0.5
+        return (x - self.denoised(x, sigma, False)) / sigma
+
+
+class V(Gaussian):
+    def forward(self, x: Tensor, timesteps: Tensor, **_) -> Tensor:
+        sigma = self.sampling.sigma(timesteps).reshape(-1, 1, 1, 1)
+        scaled = x * (sigma**2 + 1) ** 0.5
+        return (scaled / (sigma**2 + 1) - self.denoised(scaled, sigma, False)) * (sigma**2 + 1) ** 0.5 / sigma
+
+
+class Flow(Gaussian):
+    def forward(self, x: Tensor, timesteps: Tensor, **_) -> Tensor:
+        sigma = (timesteps / self.sampling.multiplier).reshape(-1, 1, 1, 1)
+        return (x - self.denoised(x, sigma, True)) / sigma
+
+
+def gaussian(kind: str, mean: float):
+    """A model of the host around an exact network; all have one latent format, so that they can be mixed."""
+    model = tiny("mmdit" if kind == "flow" else {"eps": "unet", "v": "unet_v"}[kind])
+    base = model.model
+    base.diffusion_model = {"eps": Eps, "v": V, "flow": Flow}[kind](base.model_sampling, mean)
+    base.latent_format = comfy.latent_formats.LatentFormat()
+    base.latent_format.latent_channels = 4
+    return model
+
+
+@pytest.mark.parametrize("weak_kind", ["eps", "v", "flow"])
+@pytest.mark.parametrize("main_kind", ["eps", "v", "flow"])
+def test_models_of_any_two_parametrisations(main_kind, weak_kind):
+    """D_c + (w - 1)(D_c - D_weak) for two Gaussians: both posterior means at one point, in closed form."""
+    main_mean, weak_mean, w = 1.0, -0.5, 2.5
+    main, weak = gaussian(main_kind, main_mean), gaussian(weak_kind, weak_mean)
+    flow, level = main_kind == "flow", float(tiny("unet").model.model_sampling.sigmas[600])  # one of the levels that eps models know
+    level = level / (1 + level) if flow else level
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    sigmas = torch.tensor([level, 0.0])
+    with torch.inference_mode():
+        result = comfy.sample.sample_custom(
+            attach_node(main, weak, w), noise, 1.0, comfy.samplers.sampler_object("euler"), sigmas, tools.cond(1), tools.cond(2),
+            torch.zeros(1, 4, 8, 8), disable_pbar=True, seed=0,
+        )  # fmt: skip
+    x = main.get_model_object("model_sampling").noise_scaling(sigmas[0], noise, torch.zeros_like(noise), False)
+    cond, poor = (Gaussian(None, mean).denoised(x, sigmas[0], flow) for mean in (main_mean, weak_mean))
+    assert close(result, cond + (w - 1) * (cond - poor), 5e-4 if weak_kind == main_kind else 2e-3)
+
+
+@pytest.mark.parametrize("to_flow", [True, False])
+def test_reparametrisation_keeps_the_point_and_comes_back(to_flow):
+    x0, noise = torch.randn(2, 3, 4, 4, 4, dtype=torch.float64).unbind()
+    level = torch.tensor([0.3, 0.8, 0.95], dtype=torch.float64)
+    t = level.reshape(-1, 1, 1, 1)
+    flow_point, eps_point = (1 - t) * x0 + t * noise, x0 + t / (1 - t) * noise
+    source, target = (eps_point, flow_point) if to_flow else (flow_point, eps_point)
+    sigma = level / (1 - level) if to_flow else level
+    moved, moved_level = reparametrise(source, sigma, not to_flow, to_flow)
+    torch.testing.assert_close(moved, target)
+    torch.testing.assert_close(moved_level, level if to_flow else level / (1 - level))
+    torch.testing.assert_close(reparametrise(moved, moved_level, to_flow, not to_flow)[0], source)

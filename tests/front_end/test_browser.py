@@ -1,0 +1,77 @@
+"""The host's real front end in Chromium: templates open from its browser, help pages show."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from workshop.serving import NO_PROXY
+
+ROOT = Path(__file__).parents[2]
+WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+
+
+def open_templates(page):
+    """The template browser, showing this pack's workflows."""
+    if not page.get_by_test_id("template-workflows-content").is_visible():
+        page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    page.get_by_text("lodestar", exact=False).first.click()
+
+
+def test_the_template_browser_opens_a_template(page):
+    """The way of a person, once: a second visit to the dialog in one page is not dependable in a headless browser."""
+    open_templates(page)
+    card = page.get_by_test_id("template-workflow-apg")
+    card.scroll_into_view_if_needed()
+    card.click()
+    wanted = json.loads((ROOT / "workflows" / "apg.json").read_text(encoding="utf-8"))
+    page.wait_for_function("count => app.graph.nodes.length === count", arg=len(wanted["nodes"]))
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_template_opens(page, name):
+    """What the dialog does on a click: fetch the template that the host lists, and load it as a graph."""
+    wanted = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
+    page.evaluate(
+        """async name => {
+            const listed = await (await fetch('/api/workflow_templates')).json();
+            if (!listed.lodestar.includes(name)) throw new Error(name + ' is not listed');
+            await app.loadGraphData(await (await fetch(`/api/workflow_templates/lodestar/${name}.json`)).json());
+        }""",
+        name,
+    )
+    nodes = page.evaluate(
+        "() => app.graph.nodes.map(n => [n.type, n.type in LiteGraph.registered_node_types, n.has_errors ?? false, n.widgets?.length ?? 0])"
+    )
+    assert sorted(node[0] for node in nodes) == sorted(node["type"] for node in wanted["nodes"])
+    assert all(known for _, known, _, _ in nodes)
+    assert not any(bad for _, _, bad, _ in nodes)
+    assert not page.errors
+
+
+def test_the_front_end_makes_the_same_prompt_as_the_demo(page, url):
+    """Our converter of workflow files against the front end's own."""
+    from workshop import api
+
+    client = api.Client(url)
+    for name in WORKFLOWS:
+        workflow = json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
+        theirs = page.evaluate("async w => { await app.loadGraphData(w); return (await app.graphToPrompt()).output }", workflow)
+        ours = api.to_prompt(workflow, client.node_types)
+        assert set(theirs) == set(ours)
+        for node_id, node in ours.items():
+            assert node["class_type"] == theirs[node_id]["class_type"]
+            for key, value in node["inputs"].items():
+                assert theirs[node_id]["inputs"][key] == value, (name, node_id, key)
+
+
+def test_help_pages_are_served(url):
+    """Where the front end looks for the help page of a node."""
+    with NO_PROXY.open(f"{url}/object_info", timeout=60) as answer:
+        ours = [name for name in json.load(answer) if name.startswith("Lodestar")]
+    assert len(ours) >= 6
+    for name in ours:
+        with NO_PROXY.open(f"{url}/extensions/lodestar/docs/{name}.md", timeout=60) as answer:
+            assert answer.read().decode().startswith("#"), name

@@ -1,0 +1,109 @@
+"""Translations: English is what the schemas say, the others have the same places, and the front end shows them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+LOCALES = Path(__file__).parents[2] / "locales"
+OTHERS = sorted(folder.name for folder in LOCALES.iterdir() if folder.is_dir() and folder.name not in ("en", "__pycache__"))
+OF_THE_HOST = {"guidance", "sampling", "training"}  # categories that it translates itself
+THE_SAME = re.compile(r"[A-Za-z_]+\d*|LinearAG.*|CFG\+\+.*|JSON")  # names that are not translated
+
+
+def read(language, file="nodeDefs.json"):
+    """A file of a language."""
+    return json.loads((LOCALES / language / file).read_text(encoding="utf-8"))
+
+
+def places(texts):
+    """Where the texts of a translation are, and what they say."""
+    from workshop.translations import keys
+
+    def at(place):
+        value = texts
+        for key in place:
+            value = value[key]
+        return value
+
+    return {place: at(place) for place in keys(texts)}
+
+
+def test_english_is_what_the_schemas_say(host):
+    from workshop.translations import english
+
+    assert read("en") == english(), "python run.py python workshop/translations.py writes it anew"
+
+
+@pytest.mark.parametrize("language", OTHERS)
+def test_nothing_is_missing_or_superfluous(host, language):
+    assert set(places(read(language))) == set(places(read("en")))
+
+
+@pytest.mark.parametrize("language", [*OTHERS, "en"])
+def test_texts_are_texts(host, language):
+    """No text is empty, left in English, or has what the front end's message format would read as a placeholder or a plural."""
+    english = places(read("en"))
+    for place, text in places(read(language)).items():
+        assert text.strip() and not set(text) & set("{}|@"), place
+        if place[-1] in ("description", "tooltip"):
+            assert text.endswith((".", "。")), place
+            assert language == "en" or text != english[place], place
+        elif language != "en":
+            assert text != english[place] or THE_SAME.fullmatch(text), place
+
+
+def test_numbers_and_choices_are_those_of_the_english_text(host):
+    """What a user types or reads off stays the same in every language."""
+    english = places(read("en"))
+    for language in OTHERS:
+        for place, text in places(read(language)).items():
+            if place[-1] == "tooltip":
+                for number in re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", english[place]):
+                    assert number in text, (place, number)
+
+
+@pytest.mark.parametrize("language", OTHERS)
+def test_categories_and_types_are_ours(host, language):
+    import asyncio
+
+    async def listed():
+        return await (await host.comfy_entrypoint()).get_node_list()
+
+    schemas = [node.define_schema() for node in asyncio.run(listed())]
+    categories = {part for schema in schemas for part in schema.category.split("/")}
+    assert set(read(language, "main.json")["nodeCategories"]) == categories - OF_THE_HOST
+    types = {entry.io_type for schema in schemas for entry in (*schema.inputs, *schema.outputs)}
+    assert set(read(language, "main.json")["dataTypes"]) == {name for name in types if name.startswith("GUIDANCE_")}
+
+
+def test_the_host_serves_them(url):
+    from workshop import api
+
+    served = api.Client(url).get_json("/i18n")
+    for language in ("en", *OTHERS):
+        assert served[language]["nodeDefs"] == read(language)
+
+
+def test_the_front_end_speaks_chinese(page, url):
+    try:
+        page.evaluate("async () => app.extensionManager.setting.set('Comfy.Locale', 'zh')")
+        page.goto(url)
+        page.wait_for_function("() => window.app?.graph && window.LiteGraph?.registered_node_types.LodestarAPG")
+        shown = page.evaluate(
+            """() => {
+                const node = LiteGraph.createNode('LodestarAPG');
+                app.graph.add(node);
+                const [compare, labels] = [LiteGraph.createNode('LodestarCompare'), node.widgets.map(widget => widget.label)];
+                return [node.title, labels, node.inputs[0].localized_name, compare.title, node.constructor.category];
+            }"""
+        )
+    finally:
+        page.evaluate("async () => app.extensionManager.setting.set('Comfy.Locale', 'en')")
+    assert shown[0] == "自适应投影引导 (APG)" and shown[3] == "引导对比"
+    assert shown[1] == ["eta", "范数阈值", "动量", "起始百分比", "结束百分比"]
+    assert shown[2] == "模型" and shown[4] == "Lodestar 引导/引导"
+    assert not page.errors

@@ -1,0 +1,266 @@
+"""The public interface: ids, inputs, defaults and errors of every node."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+WINDOW = {"start_percent": 0.0, "end_percent": 1.0}
+RUN = dict.fromkeys(("model", "positive", "negative", "latent_image", "sampler", "sigmas"))
+NODES = {  # a contract: workflow files in the wild hold these names in this order
+    "LodestarAPG": {"model": None, "eta": 0.0, "norm_threshold": 15.0, "momentum": -0.5, **WINDOW},
+    "LodestarPAG": {"model": None, "scale": 3.0, "layers": "middle", "joint_attention": "masked", "rescale": 0.0, **WINDOW},
+    "LodestarAutoguidance": {"model": None, "weak_model": None, "scale": 2.0, **WINDOW},
+    "LodestarGuidanceInterval": {"model": None, **WINDOW},
+    "LodestarAdaptiveGuidance": {"model": None, "threshold": 0.991, "space": "denoised", "switch": "next_step", "stop_terms": False},
+    "LodestarLinearAGFit": {**RUN, "cfg": 7.5, "trajectories": 200, "seed": 0},
+    "LodestarLinearAG": {"model": None, "coefficients": None, "second_half": "conditional"},
+    "LodestarSaveCoefficients": {"coefficients": None, "filename_prefix": "linear_ag"},
+    "LodestarLoadCoefficients": {"file": None},
+    "LodestarPolicySearch": {**RUN, "cfg": 7.5, "iterations": 100, "cost_weight": 0.05, "seed": 0},
+    "LodestarGuidancePolicy": {"model": None, "policy": None},
+    "LodestarSavePolicy": {"policy": None, "filename_prefix": "policy"},
+    "LodestarLoadPolicy": {"file": None},
+    "LodestarCFGPP": {"sampler": "euler", "lambda_": 0.6, "eta": 1.0, "history": "unconditional"},
+    "LodestarCFGPPInvert": {
+        "model": None, "positive": None, "negative": None, "latent_image": None, "sigmas": None, "lambda_": 0.6,
+    },
+    "LodestarFrequencyGuidance": {"model": None, "low_scale": 7.5, "high_scale": 35.0, "low_width": 1024, "low_height": 1024},
+    "LodestarFreCaS": {
+        "model": None, "positive": None, "negative": None, "vae": None, "seed": 0, "cfg": 7.5, "sampler": "euler", "scheduler": "normal",
+        "stages": "auto 2048x2048", "gamma": -1.0, "high_scale": 35.0, "map_weight": 0.6, "resize": "nearest", "batch_size": 1,
+        "latent": None,
+    },
+    "LodestarStageTransition": {
+        "model": None, "vae": None, "width": 2048, "height": 2048, "steps": 10, "end": 0.0, "scheduler": "normal", "gamma": -1.0,
+        "resize": "nearest", "seed": 0, "stage": 1, "batch_size": 1, "denoised": None, "sigmas": None,
+    },
+    "LodestarReport": {"model": None, "latent": None},
+    "LodestarCompare": {
+        "models": None, "positive": None, "negative": None, "latent_image": None, "vae": None, "seed": 0, "steps": 20, "cfg": 8.0,
+        "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0, "labels": "",
+    },
+    "LodestarDemoModel": {"model": "unet", "strength": "main"},
+}  # fmt: skip
+OUTPUTS = {
+    "LodestarFreCaS": ["LATENT", "LATENT"],
+    "LodestarStageTransition": ["LATENT", "SIGMAS", "INT"],
+    "LodestarReport": ["LATENT", "IMAGE", "STRING"],
+    "LodestarCompare": ["IMAGE", "STRING"],
+    "LodestarDemoModel": ["MODEL", "CLIP", "VAE"],
+    "LodestarLinearAGFit": ["GUIDANCE_COEFFICIENTS", "STRING"],
+    "LodestarSaveCoefficients": ["STRING"],
+    "LodestarLoadCoefficients": ["GUIDANCE_COEFFICIENTS", "STRING"],
+    "LodestarPolicySearch": ["GUIDANCE_POLICY", "STRING", "STRING"],
+    "LodestarSavePolicy": ["STRING"],
+    "LodestarLoadPolicy": ["GUIDANCE_POLICY", "STRING"],
+    "LodestarCFGPP": ["SAMPLER"],
+    "LodestarCFGPPInvert": ["LATENT", "SIGMAS"],
+}
+DISPLAY_NAMES = {
+    "LodestarAPG": "Adaptive Projected Guidance (APG)",
+    "LodestarPAG": "Perturbed-Attention Guidance (PAG)",
+    "LodestarAutoguidance": "Autoguidance",
+    "LodestarGuidanceInterval": "Guidance Interval",
+    "LodestarAdaptiveGuidance": "Adaptive Guidance (AG)",
+    "LodestarLinearAGFit": "LinearAG: fit",
+    "LodestarLinearAG": "LinearAG: apply",
+    "LodestarSaveCoefficients": "LinearAG: save coefficients",
+    "LodestarLoadCoefficients": "LinearAG: load coefficients",
+    "LodestarPolicySearch": "Guidance policy search",
+    "LodestarGuidancePolicy": "Guidance policy: apply",
+    "LodestarSavePolicy": "Guidance policy: save",
+    "LodestarLoadPolicy": "Guidance policy: load",
+    "LodestarCFGPP": "CFG++ Sampler",
+    "LodestarCFGPPInvert": "CFG++ Inversion",
+    "LodestarFrequencyGuidance": "Frequency-aware CFG (FA-CFG)",
+    "LodestarFreCaS": "FreCaS Cascade",
+    "LodestarStageTransition": "FreCaS Stage Transition",
+    "LodestarReport": "Guidance Report",
+    "LodestarCompare": "Compare Guidance",
+    "LodestarDemoModel": "Demo Model (Shapes)",
+}
+APPLIED = ("LodestarLinearAG", "LodestarGuidancePolicy")  # need more than a model
+GUIDANCE = [node for node in NODES if "model" in NODES[node] and node not in OUTPUTS and node not in APPLIED]
+WINDOWED = [node for node in GUIDANCE if "start_percent" in NODES[node]]
+
+
+@pytest.fixture
+def classes(host) -> dict:
+    """What the pack registers, by node id."""
+
+    async def listed() -> list:
+        return await (await host.comfy_entrypoint()).get_node_list()
+
+    return {node.define_schema().node_id: node for node in asyncio.run(listed())}
+
+
+def defaults(classes: dict, node: str, **changes) -> dict:
+    """Arguments of a node, but for models."""
+    return {name: value for name, value in NODES[node].items() if value is not None} | changes
+
+
+def run(classes: dict, node: str, model: object, **changes) -> object:
+    """The MODEL that a node makes, by its own ``execute``."""
+    models = {"weak_model": changes.pop("weak_model", model)} if node == "LodestarAutoguidance" else {}
+    return classes[node].execute(model=model, **models, **defaults(classes, node, **changes)).args[0]
+
+
+def test_the_pack_has_these_nodes(classes):
+    import tools  # noqa: F401
+
+    import nodes
+
+    assert list(classes) == list(NODES)
+    assert all(nodes.NODE_CLASS_MAPPINGS[name].define_schema().node_id == name for name in NODES)
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_inputs_have_their_names_order_and_defaults(classes, node):
+    schema = classes[node].define_schema()
+    assert {entry.id: getattr(entry, "default", None) for entry in schema.inputs} == NODES[node]
+    assert [entry.id for entry in schema.inputs] == list(NODES[node])
+    assert [entry.io_type for entry in schema.outputs] == OUTPUTS.get(node, ["MODEL"])
+    assert schema.display_name == DISPLAY_NAMES[node] and schema.category.startswith("lodestar/")
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_everything_is_explained(classes, node):
+    schema = classes[node].define_schema()
+    assert len(schema.description) > 40 and schema.search_aliases
+    for entry in (*schema.inputs, *schema.outputs):
+        assert entry.tooltip and entry.tooltip.endswith("."), entry
+
+
+def lists_files(entry):
+    """A choice among the files there are, which has no default."""
+    return entry.id == "file"
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_defaults_are_allowed_values(classes, node):
+    for entry in classes[node].define_schema().inputs:
+        if getattr(entry, "min", None) is not None:
+            assert entry.min <= entry.default <= entry.max
+        if getattr(entry, "options", None) and not lists_files(entry):
+            assert entry.default in entry.options
+
+
+def test_the_choices_of_the_combos(classes):
+    combos = {name: {e.id: e.options for e in node.define_schema().inputs if hasattr(e, "options")} for name, node in classes.items()}
+    assert combos["LodestarCFGPP"].pop("sampler") == ["euler", "euler_ancestral", "dpmpp_2m", "dpmpp_2s_ancestral", "dpmpp_2m_sde"]
+    options = {name: choices for node in combos.values() for name, choices in node.items()}
+    assert options["history"] == ["unconditional", "guided"]
+    assert options["joint_attention"] == ["masked", "passthrough"]
+    assert options["strength"] == ["main", "weak"]
+    assert options["space"] == ["denoised", "noise", "velocity"] and options["switch"] == ["next_step", "same_step"]
+
+
+# --- errors: one sentence, before anything is sampled ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("node", WINDOWED)
+def test_a_reversed_window(classes, node):
+    import tools
+
+    with pytest.raises(ValueError, match=rf"^{DISPLAY_NAMES[node].split(' (')[0]}.*: start_percent 0\.8 lies after end_percent 0\.2\.$"):
+        run(classes, node, tools.tiny("unet"), start_percent=0.8, end_percent=0.2)
+
+
+@pytest.mark.parametrize(("kind", "listed"), [("unet", "input:1, input:3, middle:0"), ("mmdit", "double:0-2")])
+@pytest.mark.parametrize("layers", ["output:99", "nonsense", "double:7"])
+def test_a_wrong_layer_lists_the_layers_there_are(classes, kind, listed, layers):
+    import tools
+
+    with pytest.raises(ValueError, match=rf"'{layers}'.*{listed.split(',')[0]}"):
+        run(classes, "LodestarPAG", tools.tiny(kind), layers=layers)
+
+
+def test_no_layer(classes):
+    import tools
+
+    with pytest.raises(ValueError, match="at least one layer"):
+        run(classes, "LodestarPAG", tools.tiny("unet"), layers=" , ")
+
+
+def test_a_weak_model_of_another_latent(classes):
+    import tools
+
+    with pytest.raises(ValueError, match=r"one latent format: model has SD15 \(4 channels\), weak_model has SD3 \(16 channels\)\.$"):
+        run(classes, "LodestarAutoguidance", tools.tiny("unet"), weak_model=tools.tiny("mmdit"))
+
+
+def test_two_owners_of_the_cfg_combination(classes):
+    import tools
+
+    model = tools.tiny("unet")
+    model.set_model_sampler_cfg_function(lambda args: args["cond"])
+    with pytest.raises(ValueError, match=r"Adaptive Projected Guidance \(APG\) and .* both replace the CFG combination"):
+        run(classes, "LodestarAPG", model)
+
+
+# --- settings that change nothing ------------------------------------------------------------------------------------
+
+NEUTRAL = {
+    "LodestarAPG": {"eta": 1.0, "norm_threshold": 0.0, "momentum": 0.0},
+    "LodestarPAG": {"scale": 0.0},
+    "LodestarAutoguidance": {"scale": 1.0},
+    "LodestarGuidanceInterval": {},
+    "LodestarAdaptiveGuidance": {"threshold": 1.001},
+}
+
+
+@pytest.mark.parametrize("kind", ["unet", "mmdit"])
+def test_neutral_settings_change_no_bit(classes, kind):
+    """All of them in one model."""
+    import tools
+
+    model = guided = tools.tiny(kind)
+    for node, settings in NEUTRAL.items():
+        guided = run(classes, node, guided, **settings, **({"weak_model": tools.tiny(kind, seed=7)} if "Auto" in node else {}))
+    assert tools.sample(guided).equal(tools.sample(model))
+    assert tools.log_of(guided).nfe == 12
+
+
+@pytest.mark.parametrize("node", GUIDANCE)
+def test_defaults_guide_and_leave_the_input_alone(classes, node):
+    import tools
+
+    model = tools.tiny("unet")
+    plain = tools.sample(model)
+    changes = {"LodestarAutoguidance": {"weak_model": tools.tiny("unet", seed=7)}, "LodestarGuidanceInterval": {"start_percent": 0.5}}
+    changes["LodestarFrequencyGuidance"] = {"low_width": 64, "low_height": 64}
+    guided = tools.sample(run(classes, node, model, **changes.get(node, {})))
+    assert guided.isfinite().all() and not tools.close(guided, plain, 1e-3)
+    assert tools.sample(model).equal(plain)
+
+
+def test_every_parameter_arrives_in_the_rule(classes):
+    import tools
+
+    from lodestar.guiders.engine.plan import plan_of
+
+    model = tools.tiny("unet")
+    window = {"start_percent": 0.1, "end_percent": 0.9}
+    settings = {
+        "LodestarAPG": {"eta": 0.3, "norm_threshold": 4.0, "momentum": 0.2},
+        "LodestarPAG": {"scale": 1.5, "rescale": 0.4},
+        "LodestarAutoguidance": {"scale": 2.5},
+        "LodestarGuidanceInterval": {},
+    }
+    for node, values in settings.items():
+        model = run(classes, node, model, **values, **window)
+    rules = plan_of(model.model_options).rules
+    assert len(rules) == 4
+    for rule, values in zip(rules, settings.values(), strict=True):
+        assert {name: getattr(rule, name) for name in (*values, *window)} == values | window
+    assert rules[1].perturbation.joint == "masked"
+
+
+def test_the_demo_model_comes_with_a_plan(classes):
+    """So that the report can count plain CFG."""
+    from lodestar.guiders.engine.plan import plan_of
+
+    model, clip, vae = classes["LodestarDemoModel"].execute(model="unet", strength="weak").args
+    assert plan_of(model.model_options).rules == () and clip is not None and vae is not None

@@ -1,0 +1,1 @@
+"""For developers: finding, installing and starting a ComfyUI, training the demo models, pictures."""
