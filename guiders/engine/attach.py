@@ -43,6 +43,8 @@ def detach(model: Any) -> Any:
     clone = model.clone()
     for kind in WRAPPERS:
         clone.remove_wrappers_with_key(kind, LODESTAR)
+        if not clone.wrappers.get(kind, True):  # the host compares the kinds of wrappers that two clones have
+            del clone.wrappers[kind]
     clone.remove_additional_models(LODESTAR)
     options = clone.model_options
     options["transformer_options"].pop(PLAN, None)
