@@ -388,7 +388,9 @@ def test_what_is_searched_is_what_is_sampled(search, relaxation):
     logits = torch.tensor([[50.0 * (option == weight) for option in options] for weight in weights])
     loss, _ = gradient(search, model, logits, cost_weight=0.0)
     latent = tools.empty_latent(model, size=8)
-    far = relaxation.distance(sample(applied(model, policy_for(model, weights)), latent=latent, seed=5), sample(model, latent=latent, seed=5))
+    far = relaxation.distance(
+        sample(applied(model, policy_for(model, weights)), latent=latent, seed=5), sample(model, latent=latent, seed=5)
+    )
     assert loss == pytest.approx(float(far), rel=1e-3)
 
 
