@@ -12,9 +12,9 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from ..engine.attach import detach
 from ..engine.plan import Rule
-from ..engine.run import solver_step
-from ..engine.wrappers import detach
+from ..engine.schedule import solver_step
 from ..learning.checkpoints import checkpointed, checkpointed_call
 from ..learning.gradients import cloned, gradients, ordinary_weights
 from ..learning.recognition import setting_of

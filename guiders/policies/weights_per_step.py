@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..engine.choice import Choice
 from ..engine.host import reads_uncond
-from ..engine.plan import Choice, Policy
-from ..engine.run import Step
+from ..engine.plan import Policy
+from ..engine.step import Step
 from ..learning.recognition import setting_of
 from ..learning.setting import Setting
 
