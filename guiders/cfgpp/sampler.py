@@ -19,8 +19,8 @@ from ..engine.checks import refuse_own_combination
 from ..engine.host import POST_CFG
 from ..engine.plan import Shaper, plan_of
 from ..engine.run import run_of, telling_steps
-from ..spaces import is_flow
-from .solvers import SOLVERS, Level, Schedule, equivalent_cfg, levels_of
+from ..spaces import Level, is_flow, levels_of
+from .solvers import SOLVERS, Schedule, equivalent_cfg
 
 SAMPLER, INVERSION = "CFG++ Sampler", "CFG++ Inversion"
 CURVE = "equivalent cfg (CFG++)"
