@@ -18,7 +18,9 @@ if sys.version_info < (3, 10):  # noqa: UP036
 
 sys.dont_write_bytecode = True  # nothing is written outside the cache
 
-from workshop.hosting import NEWEST, OLDEST, RELEASES, ROOT, Host, SetupError, cache_folder, cache_root, find_host  # noqa: E402
+from workshop.caching import cache_folder, cache_root  # noqa: E402
+from workshop.hosting import find_host  # noqa: E402
+from workshop.releases import NEWEST, OLDEST, RELEASES, ROOT, Host, SetupError  # noqa: E402
 from workshop.serving import ServerError, server  # noqa: E402
 
 

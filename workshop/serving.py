@@ -18,7 +18,8 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from workshop.hosting import PACK, ROOT, SetupError, cache_root
+from workshop.caching import cache_root
+from workshop.releases import PACK, ROOT, SetupError
 
 # Linux has an accelerator only with one of these in /dev.
 DEVICES = ("nvidiactl", "dxg", "kfd", "dri", "davinci_manager", "accel")
