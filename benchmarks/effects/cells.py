@@ -7,7 +7,6 @@ picture by picture.
 from __future__ import annotations
 
 import ast
-import asyncio
 import hashlib
 import importlib
 import json
@@ -31,7 +30,7 @@ from torch import Tensor
 from lodestar.benchmarks._flops import counted_flops
 from lodestar.demo import models
 from lodestar.demo.shapes import SIZE, Scenes, captions, random_scenes
-from lodestar.nodes import Lodestar
+from nodes import NODE_CLASS_MAPPINGS
 
 PACK = Path(__file__).resolve().parents[2]
 PER_CAPTION = 4  # pictures of each caption, for the variety within one
@@ -230,9 +229,8 @@ def _clip() -> Any:
     return models.load_clip()
 
 
-@cache
 def _node_class(id: str) -> Any:
-    return {cls.define_schema().node_id: cls for cls in asyncio.run(Lodestar().get_node_list())}[id]
+    return NODE_CLASS_MAPPINGS[id]
 
 
 def _nodes(settings: Iterable[tuple[str, Any]]) -> list[Node]:

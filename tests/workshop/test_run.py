@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,6 +21,7 @@ import zipfile
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 
 import run
@@ -38,6 +41,15 @@ def get(url: str) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------- command line
+
+
+def test_without_a_command_it_says_what_it_can_do(capsys, monkeypatch):
+    assert run.main([]) == 0
+    shown = capsys.readouterr().out
+    monkeypatch.chdir(ROOT)
+    examples = [shlex.split(line)[2:] for line in shown.splitlines() if line.strip().startswith("python run.py")]
+    assert [run.parse(example)[0] for example in examples] == ["demo", "serve", "test", "bench", "python"]
+    assert all(name in shown for name in run.benchmarks())
 
 
 def test_host_version_is_taken_out_of_pytest_arguments():
@@ -355,7 +367,7 @@ def test_pack_is_one_package_with_or_without_host():
 
     assert Path(nodes.__file__).parent == launching.host_path()
     name = str(launching.default_base() / "custom_nodes" / "lodestar").replace(".", "_x_")
-    assert sys.modules[f"{name}.nodes"] is lodestar.nodes
+    assert importlib.import_module(f"{name}.nodes") is lodestar.nodes
     assert lodestar.nodes.__spec__.name == lodestar.nodes.__name__ == "lodestar.nodes"
 
 
@@ -416,7 +428,8 @@ def test_the_server_ends_with_a_killed_parent():
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
-def test_serve_stops_on_interrupt_without_a_trace():
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 128 + signal.SIGTERM)])
+def test_serve_ends_with_its_server_soon_after_a_signal(number, code):
     port = serving.free_port()
     command = [sys.executable, ROOT / "run.py", "serve", "--port", str(port)]
     heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # shells start background jobs, such as a test run, without
@@ -424,7 +437,12 @@ def test_serve_stops_on_interrupt_without_a_trace():
         for line in process.stdout:
             if f"Lodestar: http://127.0.0.1:{port}" in line:
                 break
-        process.send_signal(signal.SIGINT)
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        assert len(family) > 1
+        sent = time.monotonic()
+        process.send_signal(number)
         rest, errors = process.communicate(timeout=60)
-    assert process.returncode == 0
+        _, alive = psutil.wait_procs(family, timeout=0)
+        took = time.monotonic() - sent
+    assert not alive and process.returncode == code and took < 3
     assert "Traceback" not in rest + errors
