@@ -16,7 +16,7 @@ import torch
 from comfy.utils import model_trange
 from torch import Tensor
 
-from ..engine.run import telling_steps
+from ..engine.run import announcing_steps
 from ..spaces import Level, is_flow, levels_of
 from .sampler import INVERSION, Predictor, check_guider, check_lambda
 from .solvers import cfgpp_step
@@ -105,7 +105,7 @@ class Inversion(comfy.samplers.Sampler):
         both = self.predictor(guider, extra_args)
         x = model_sampling.noise_scaling(sigmas[-1], noise, latent_image)
         steps = len(sigmas) - 1
-        with telling_steps(guider.model_options, sigmas) as at_step:
+        with announcing_steps(guider.model_options, sigmas) as at_step:
             for done in model_trange(steps, disable=disable_pbar):
                 i = steps - 1 - done  # the step of sampling that is undone
                 at_step(i)

@@ -13,7 +13,7 @@ from tools import WrappersMP, close, comfy, counted, empty_latent, guided, pag, 
 from lodestar.guiders.policies.interval import GuidanceInterval
 from lodestar.guiders.shapers.apg import APG
 from lodestar.guiders.terms.autoguidance import Autoguidance
-from workshop.hosting import NEWEST
+from workshop.releases import NEWEST
 
 STEPS = 4
 

@@ -1,4 +1,4 @@
-"""Which solver step asks for an evaluation: told by a sampler, read off its loop, or off the noise level."""
+"""Which solver step asks for an evaluation: announced by a sampler, read off its loop, or off the noise level."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def restarts_are_wrong():
     pytest.fail("nothing starts again here")
 
 
-def test_a_sampler_that_tells_its_steps_may_count_downwards():
+def test_a_sampler_that_announces_its_steps_may_count_downwards():
     """Its noise level says nothing, and no step looks like the start of another loop."""
     position, seen = Position(LEVELS), []
-    with position.told() as at_step:
-        for told in (2, 1, 0):
-            at_step(told)
+    with position.announced() as at_step:
+        for index in (2, 1, 0):
+            at_step(index)
             seen += [position.advance(torch.tensor([3.0]), restarts_are_wrong) for _ in range(2)]
     assert seen == [(2, True), (2, False), (1, True), (1, False), (0, True), (0, False)]
-    assert position.advance(torch.tensor([5.0, 5.0]), restarts_are_wrong) == (1, False)  # told no more
+    assert position.advance(torch.tensor([5.0, 5.0]), restarts_are_wrong) == (1, False)  # by its noise level again
 
 
 def advance_in_a_loop(position, order, restart):

@@ -38,7 +38,7 @@ class Listener:
     def present(self) -> bool:
         return self.here
 
-    def tell(self, message) -> None:
+    def send(self, message) -> None:
         self.messages.append(json.loads(json.dumps(message, allow_nan=False)))
 
 
