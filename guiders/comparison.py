@@ -23,7 +23,7 @@ NAME = "Compare Guidance"
 
 
 @dataclass(frozen=True)
-class Column:
+class NamedModel:
     """A model, and what messages call it."""
 
     name: str
@@ -53,13 +53,13 @@ class Comparison:
     scheduler: str
     denoise: float = 1.0
 
-    def run(self, columns: Sequence[Column]) -> list[Sampled]:
+    def run(self, columns: Sequence[NamedModel]) -> list[Sampled]:
         """Sample every column. Raises ValueError naming the column that is refused; most refusals come before anything is sampled."""
         for column in columns:
             _named(column, self._check, column.model, columns[0])
         return [_named(column, self._sample, column.model, index, len(columns)) for index, column in enumerate(columns)]
 
-    def _check(self, model: Any, first: Column) -> None:
+    def _check(self, model: Any, first: NamedModel) -> None:
         """What the engine refuses when a run starts, asked before the first run of all."""
         _check_latent(model, first)
         guider = comfy.samplers.CFGGuider(model)
@@ -116,14 +116,13 @@ def describe(model: Any, cfg: float) -> str:
 
 
 def _describe(rule: Rule) -> str:
-    """The short name of a rule (in brackets at the end of the long one), its numbers, and those words that are not the default."""
-    name = rule.name.removesuffix(")").rpartition("(")[2]
+    """The short name of a rule, its numbers, and those words that are not the default."""
     settings = [text for field in fields(rule) if (text := _setting(field, getattr(rule, field.name)))]
     layers = getattr(getattr(rule, "perturbation", None), "layers", ())
     if layers:
         places = (f"{layer.stack}:{layer.block}" + (f".{layer.sub}" if layer.sub else "") for layer in layers)
         settings.append(f"layers {', '.join(places)}")
-    return f"{name}: {', '.join(settings)}" if settings else name
+    return f"{rule.short}: {', '.join(settings)}" if settings else rule.short
 
 
 def _setting(field: Field, value: Any) -> str:
@@ -132,7 +131,7 @@ def _setting(field: Field, value: Any) -> str:
     return f"{field.name} {value:g}" if isinstance(value, (int, float)) else ""
 
 
-def _check_latent(model: Any, first: Column) -> None:
+def _check_latent(model: Any, first: NamedModel) -> None:
     """One latent and one VAE cannot serve models with different ones."""
     ours, others = (patcher.model.latent_format for patcher in (model, first.model))
     if type(ours).__name__ != type(others).__name__ or ours.latent_channels != others.latent_channels:
@@ -142,7 +141,7 @@ def _check_latent(model: Any, first: Column) -> None:
         )
 
 
-def _named(column: Column, function: Callable[..., Any], *args: Any) -> Any:
+def _named(column: NamedModel, function: Callable[..., Any], *args: Any) -> Any:
     try:
         return function(*args)
     except ValueError as error:

@@ -3,7 +3,8 @@
 /**
  * @typedef {[number, number | null]} Point step and value; null is a value that is not finite
  * @typedef {{threshold: number, steps: (number | null)[]}} Switch for each picture the first step without CFG
- * @typedef {{curve: string, points: Point[], policy: boolean, switch?: Switch}} NodeCurve
+ * @typedef {"update" | "weight" | "cosine"} Kind of the curve's values
+ * @typedef {{curve: string, kind: Kind, points: Point[], policy: boolean, switch?: Switch}} NodeCurve
  * @typedef {{width: number, height: number, steps: number}} Stage
  * @typedef {object} RunMessage
  * @property {string} prompt
@@ -196,7 +197,8 @@ function stagesOf(run) {
 function lastValue(curve) {
   const value = curve.points.at(-1)?.[1];
   if (value == null) return undefined;
-  return `${curve.switch ? "γ" : curve.policy ? "CFG update" : "update"} ${short(value)}`;
+  const names = { update: curve.policy ? "CFG update" : "update", weight: "cfg", cosine: "γ" };
+  return `${names[curve.kind]} ${short(value)}`;
 }
 
 /** @param {NodeCurve} curve @returns {string} how many pictures go on without CFG */

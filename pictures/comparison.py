@@ -19,7 +19,7 @@ _SMALLEST = 256  # pixels: cells that are smaller are enlarged, so that there is
 
 
 @dataclass(frozen=True)
-class Column:
+class LabelledPictures:
     """images [B, H, W, 3] in [0, 1], what made them, and what that took."""
 
     label: str
@@ -33,7 +33,7 @@ class Column:
         return mean_saturation(255 * self.images[..., :3].numpy())
 
 
-def table(columns: Sequence[Column], settings: str) -> str:
+def table(columns: Sequence[LabelledPictures], settings: str) -> str:
     """The numbers of every column as aligned text, and the characters that the picture could not show."""
     rows = [("", "NFE", "seconds", "saturation", "model")]
     rows += [(str(n), _number(c.nfe), f"{c.seconds:.2f}", f"{c.saturation:.3f}", _in_line(c.label)) for n, c in enumerate(columns, 1)]
@@ -47,7 +47,7 @@ def table(columns: Sequence[Column], settings: str) -> str:
     return "\n".join(lines)
 
 
-def draw(columns: Sequence[Column], settings: str) -> Tensor:
+def draw(columns: Sequence[LabelledPictures], settings: str) -> Tensor:
     """The grid as an IMAGE [1, H, W, 3]: a column for each model, a row for each image; pixels of the images are kept as they are."""
     sheet = _Sheet.of(columns, settings)
     paper = Image.new("RGB", sheet.size, _PAPER)
@@ -80,7 +80,7 @@ class _Sheet:
     gap: int
 
     @classmethod
-    def of(cls, columns: Sequence[Column], settings: str) -> _Sheet:
+    def of(cls, columns: Sequence[LabelledPictures], settings: str) -> _Sheet:
         """Cells as large as the largest image, and texts that grow with them."""
         height, width = (max(column.images.shape[axis] for column in columns) for axis in (1, 2))
         factor = max(1, _SMALLEST // max(height, width))
@@ -119,7 +119,7 @@ def _height(text: str, size: int) -> int:
     return (text.count("\n") + 1) * line_height(size)
 
 
-def _numbers(column: Column) -> str:
+def _numbers(column: LabelledPictures) -> str:
     return f"NFE {_number(column.nfe)}\n{column.seconds:.2f} s\nsaturation {column.saturation:.3f}"
 
 

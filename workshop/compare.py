@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from workshop.serving import checkpoint_names, server
 WORKFLOWS = Path(__file__).resolve().parents[1] / "workflows"
 
 
-class Column(NamedTuple):
+class Method(NamedTuple):
     """A guidance method: the workflow that shows it, and whether CFG acts too (otherwise its cfg is 1)."""
 
     label: str
@@ -40,12 +40,12 @@ class Column(NamedTuple):
 
 
 COLUMNS = (
-    Column("CFG", "demo_model"),
-    Column("APG", "apg"),
-    Column("PAG", "pag", with_cfg=False),
-    Column("CFG + PAG", "pag"),
-    Column("APG + PAG", "apg_pag"),
-    Column("Autoguidance", "autoguidance", with_cfg=False),
+    Method("CFG", "demo_model"),
+    Method("APG", "apg"),
+    Method("PAG", "pag", with_cfg=False),
+    Method("CFG + PAG", "pag"),
+    Method("APG + PAG", "apg_pag"),
+    Method("Autoguidance", "autoguidance", with_cfg=False),
 )
 SHAPES_PROMPTS = (
     "a large purple pentagon on a cream background",
@@ -74,9 +74,9 @@ class Settings:
 class Result:
     """One column's pictures (a list for each prompt), its report's numbers, or why there are none."""
 
-    column: Column
+    column: Method
     pictures: list[list[Image.Image]] = field(default_factory=list)
-    reports: list[dict[str, float]] = field(default_factory=list)
+    reports: list[dict[str, Any]] = field(default_factory=list)
     problem: str = ""
 
     def number(self, name: str) -> float:
@@ -172,17 +172,12 @@ def one_run(client: api.Client, settings: Settings, result: Result, text: str, b
     prompt, image, report = prompt_for(client, settings, result.column, text)
     outputs = client.run(prompt, tick=lambda: sys.stderr.isatty() and bar.refresh())
     result.pictures.append([Image.open(io.BytesIO(file)).convert("RGB") for file in client.images(outputs[image])])
-    result.reports.append(numbers(outputs[report]["text"][0]))
+    result.reports.append(outputs[report]["lodestar_report"][0])
     bar.update()
 
 
-def numbers(report: str) -> dict[str, float]:
-    """The counters in a Guidance Report's table."""
-    return {name: float(value) for name, value in re.findall(r"^(\w+) +([\d.]+)", report, re.MULTILINE)}
-
-
-def prompt_for(client: api.Client, settings: Settings, column: Column, text: str) -> tuple[api.Prompt, str, str]:
-    """A column's workflow with these settings, and the ids of the nodes that show its decoded pictures and its report."""
+def prompt_for(client: api.Client, settings: Settings, column: Method, text: str) -> tuple[api.Prompt, str, str]:
+    """A column's workflow with these settings, and the ids of the nodes that show its decoded pictures and report on its run."""
     workflow = json.loads((WORKFLOWS / f"{column.workflow}.json").read_text(encoding="utf-8"))
     prompt = api.to_prompt(workflow, client.node_types)
     if settings.models:
@@ -198,8 +193,7 @@ def prompt_for(client: api.Client, settings: Settings, column: Column, text: str
     report = api.add(prompt, "LodestarReport", model=inputs["model"], latent=[sampler, 0])
     prompt[decode]["inputs"]["samples"] = [report, 0]
     shown = api.add(prompt, "PreviewImage", images=[decode, 0])
-    written = api.add(prompt, "PreviewAny", source=[report, 2])
-    return api.keep_only(prompt, [shown, written]), shown, written
+    return api.keep_only(prompt, [shown]), shown, report
 
 
 def use_checkpoint(prompt: api.Prompt, settings: Settings) -> None:
@@ -259,7 +253,7 @@ def as_table(results: Sequence[Result], settings: Settings) -> str:
         if result.problem:
             rows.append((result.column.label, cfg, "", "", "", result.problem))
             continue
-        nfe, fed, seconds = (result.number(name) for name in ("NFE", "rows", "seconds"))
+        nfe, fed, seconds = (result.number(name) for name in ("nfe", "rows", "seconds"))
         rows.append((result.column.label, cfg, f"{nfe:.0f}", f"{fed:.0f}", f"{seconds:.2f}", f"{result.saturation:.3f}"))
     real = None if settings.models else real_saturation(settings.prompts)
     if real is not None:
@@ -289,7 +283,7 @@ def draw(results: Sequence[Result], settings: Settings) -> Image.Image:
     heads = []
     for result in shown:
         cfg = f"cfg {settings.cfg if result.column.with_cfg else 1:g}"
-        heads.append((result.column.label, f"{cfg}, NFE {result.number('NFE'):.0f}", f"saturation {result.saturation:.2f}"))
+        heads.append((result.column.label, f"{cfg}, NFE {result.number('nfe'):.0f}", f"saturation {result.saturation:.2f}"))
     real = None if settings.models else real_saturation(settings.prompts)
     corner = "" if real is None else f"Real pictures:\nsaturation {real:.2f}"
     return sheets.comparison(heads, settings.prompts, [result.pictures for result in shown], corner)

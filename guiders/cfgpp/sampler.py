@@ -15,13 +15,14 @@ import torch
 from comfy.utils import model_trange
 from torch import Tensor
 
+from ..engine.curves import Quantity
 from ..engine.plan import Shaper, plan_of
 from ..engine.run import run_of
 from ..spaces import is_flow
 from .solvers import SOLVERS, Level, Schedule, equivalent_cfg, levels_of
 
 SAMPLER, INVERSION = "CFG++ Sampler", "CFG++ Inversion"
-CURVE = "equivalent cfg (CFG++)"
+CURVE = Quantity("equivalent cfg (CFG++)", "weight")
 LARGEST_LAMBDA = 2.0
 _POST = "sampler_post_cfg_function"
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from ..engine.choice import Choice, Rows
-from ..engine.curves import COSINE
+from ..engine.curves import COSINE, Quantity
 from ..engine.host import reads_uncond
 from ..engine.log import RunLog, Switch
 from ..engine.plan import Policy
@@ -37,6 +37,7 @@ class AdaptiveGuidance(Policy):
     """CFG until gamma >= threshold, D_c from the next step on (or in the same one); per sample, and for the rest of the run."""
 
     name: ClassVar[str] = "Adaptive Guidance (AG)"
+    short: ClassVar[str] = "AG"
     claims: ClassVar[str] = "when CFG ends"
     threshold: float = 0.991
     space: Space = "denoised"
@@ -49,9 +50,9 @@ class AdaptiveGuidance(Policy):
         return self.threshold > 1
 
     @property
-    def curve(self) -> str:
+    def curve(self) -> Quantity:
         """That of gamma."""
-        return COSINE if self.space == "denoised" else f"{COSINE} ({self.space})"
+        return COSINE if self.space == "denoised" else Quantity(f"{COSINE.name} ({self.space})", "cosine")
 
     def check(self, guider: Any, sampler: Any, sigmas: Tensor) -> None:
         """Refuse samplers that go on to use D_u when it is no longer evaluated."""

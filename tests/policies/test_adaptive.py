@@ -50,7 +50,7 @@ def gammas(model, noise=None, space="denoised", sampler="euler", rules=(), **mor
     """gamma at every step of a CFG run of one sample."""
     main = guided(model, *rules, ag(1.0, space=space))
     run(main, noise, sampler=sampler, **more)
-    curve = log_of(main).curves[COSINE if space == "denoised" else f"{COSINE} ({space})"]
+    curve = log_of(main).curves[ag(1.0, space=space).curve]
     return [curve[i] for i in sorted(curve)]
 
 

@@ -48,6 +48,7 @@ class Recorder(Policy):
     """Hands the scores of plain CFG to a trajectory."""
 
     name: ClassVar[str] = NAME
+    short: ClassVar[str] = "LinearAG"
     trajectory: Trajectory
 
     @property

@@ -26,6 +26,7 @@ class LinearAG(Policy):
     """First half: D_u is evaluated at every second step and predicted at the others. Second half: D_c alone, or left to other policies."""
 
     name: ClassVar[str] = "LinearAG: apply"
+    short: ClassVar[str] = "LinearAG"
     claims: ClassVar[str] = "what every step evaluates"
     coefficients: Coefficients
     second_half: str = "conditional"
