@@ -39,7 +39,7 @@ class Method(NamedTuple):
     with_cfg: bool = True
 
 
-COLUMNS = (
+METHODS = (
     Method("CFG", "demo_model"),
     Method("APG", "apg"),
     Method("PAG", "pag", with_cfg=False),
@@ -74,7 +74,7 @@ class Settings:
 class Result:
     """One column's pictures (a list for each prompt), its report's numbers, or why there are none."""
 
-    column: Method
+    method: Method
     pictures: list[list[Image.Image]] = field(default_factory=list)
     reports: list[dict[str, Any]] = field(default_factory=list)
     problem: str = ""
@@ -151,16 +151,16 @@ def usual_size(checkpoint: Path) -> int:
 def compare(client: api.Client, settings: Settings) -> list[Result]:
     """Run every column for every prompt. One that cannot be run says why, except plain CFG, which raises PromptError."""
     results = []
-    with tqdm(total=len(COLUMNS) * len(settings.prompts), unit="run", bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} {elapsed}") as bar:
-        for column in COLUMNS:
-            bar.set_description(f"{column.label:<12}")
-            result = Result(column)
+    with tqdm(total=len(METHODS) * len(settings.prompts), unit="run", bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} {elapsed}") as bar:
+        for method in METHODS:
+            bar.set_description(f"{method.label:<12}")
+            result = Result(method)
             results.append(result)
             try:
                 for text in settings.prompts:
                     one_run(client, settings, result, text, bar)
             except api.PromptError as error:
-                if column is COLUMNS[0]:
+                if method is METHODS[0]:
                     raise
                 result.problem = str(error)
             bar.n = len(results) * len(settings.prompts)
@@ -169,23 +169,23 @@ def compare(client: api.Client, settings: Settings) -> list[Result]:
 
 def one_run(client: api.Client, settings: Settings, result: Result, text: str, bar: tqdm) -> None:
     """Make one cell's pictures and keep its report."""
-    prompt, image, report = prompt_for(client, settings, result.column, text)
+    prompt, image, report = prompt_for(client, settings, result.method, text)
     outputs = client.run(prompt, tick=lambda: sys.stderr.isatty() and bar.refresh())
     result.pictures.append([Image.open(io.BytesIO(file)).convert("RGB") for file in client.images(outputs[image])])
     result.reports.append(outputs[report]["lodestar_report"][0])
     bar.update()
 
 
-def prompt_for(client: api.Client, settings: Settings, column: Method, text: str) -> tuple[api.Prompt, str, str]:
+def prompt_for(client: api.Client, settings: Settings, method: Method, text: str) -> tuple[api.Prompt, str, str]:
     """A column's workflow with these settings, and the ids of the nodes that show its decoded pictures and report on its run."""
-    workflow = json.loads((WORKFLOWS / f"{column.workflow}.json").read_text(encoding="utf-8"))
+    workflow = json.loads((WORKFLOWS / f"{method.workflow}.json").read_text(encoding="utf-8"))
     prompt = api.to_prompt(workflow, client.node_types)
     if settings.models:
         use_checkpoint(prompt, settings)
     (sampler,) = api.find(prompt, "KSampler")
     (decode,) = api.find(prompt, "VAEDecode")
     inputs = prompt[sampler]["inputs"]
-    inputs |= {"seed": settings.seed, "steps": settings.steps, "cfg": settings.cfg if column.with_cfg else 1.0}
+    inputs |= {"seed": settings.seed, "steps": settings.steps, "cfg": settings.cfg if method.with_cfg else 1.0}
     prompt[inputs["positive"][0]]["inputs"]["text"] = text
     prompt[inputs["latent_image"][0]]["inputs"]["batch_size"] = settings.batch
     if settings.models and inputs["model"][0] in api.find(prompt, "CheckpointLoaderSimple"):  # count plain CFG as well
@@ -249,12 +249,12 @@ def as_table(results: Sequence[Result], settings: Settings) -> str:
     """The table in Markdown, aligned so that it can be read in a terminal as well."""
     rows = [("method", "cfg", "NFE", "rows", "seconds", "saturation")]
     for result in results:
-        cfg = f"{settings.cfg if result.column.with_cfg else 1:g}"
+        cfg = f"{settings.cfg if result.method.with_cfg else 1:g}"
         if result.problem:
-            rows.append((result.column.label, cfg, "", "", "", result.problem))
+            rows.append((result.method.label, cfg, "", "", "", result.problem))
             continue
         nfe, fed, seconds = (result.number(name) for name in ("nfe", "rows", "seconds"))
-        rows.append((result.column.label, cfg, f"{nfe:.0f}", f"{fed:.0f}", f"{seconds:.2f}", f"{result.saturation:.3f}"))
+        rows.append((result.method.label, cfg, f"{nfe:.0f}", f"{fed:.0f}", f"{seconds:.2f}", f"{result.saturation:.3f}"))
     real = None if settings.models else real_saturation(settings.prompts)
     if real is not None:
         rows.append(("real pictures", "", "", "", "", f"{real:.3f}"))
@@ -282,8 +282,8 @@ def draw(results: Sequence[Result], settings: Settings) -> Image.Image:
     shown = [result for result in results if not result.problem]
     heads = []
     for result in shown:
-        cfg = f"cfg {settings.cfg if result.column.with_cfg else 1:g}"
-        heads.append((result.column.label, f"{cfg}, NFE {result.number('nfe'):.0f}", f"saturation {result.saturation:.2f}"))
+        cfg = f"cfg {settings.cfg if result.method.with_cfg else 1:g}"
+        heads.append((result.method.label, f"{cfg}, NFE {result.number('nfe'):.0f}", f"saturation {result.saturation:.2f}"))
     real = None if settings.models else real_saturation(settings.prompts)
     corner = "" if real is None else f"Real pictures:\nsaturation {real:.2f}"
     return sheets.comparison(heads, settings.prompts, [result.pictures for result in shown], corner)
