@@ -15,9 +15,12 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from .engine.attach import attach
+from .engine.checks import check_start
+from .engine.host import describe_latent, same_latent
 from .engine.keys import TIMER
 from .engine.log import last_log
-from .engine.plan import Policy, Rule, Shaper, plan_of
+from .engine.plan import Rule, plan_of
+from .engine.start import Start
 
 NAME = "Compare Guidance"
 
@@ -69,13 +72,8 @@ class Comparison:
         if plan is None:
             return
         sampler = comfy.samplers.sampler_object(self.sampler_name)
-        for _, policy in plan.active(Policy):
-            policy.check(guider, sampler, self._sigmas(model))
         samples = self._samples(model)
-        for _, shaper in plan.active(Shaper):
-            attach(model, shaper)  # refuses a model whose CFG combination another pack has claimed since
-            if not samples.is_nested:
-                shaper.check(samples.shape)
+        check_start(plan, Start(guider, sampler, self._sigmas(model), None if samples.is_nested else samples.shape))
 
     def _sigmas(self, model: Any) -> Tensor:
         """The schedule [T + 1] that KSampler would use."""
@@ -133,11 +131,10 @@ def _setting(field: Field, value: Any) -> str:
 
 def _check_latent(model: Any, first: NamedModel) -> None:
     """One latent and one VAE cannot serve models with different ones."""
-    ours, others = (patcher.model.latent_format for patcher in (model, first.model))
-    if type(ours).__name__ != type(others).__name__ or ours.latent_channels != others.latent_channels:
+    if not same_latent(model, first.model):
         raise ValueError(
-            f"it works on {type(ours).__name__} latents with {ours.latent_channels} channels, {first.name} on {type(others).__name__} "
-            f"latents with {others.latent_channels}: compare models with the same kind of latent."
+            f"it works on {describe_latent(model)} latents, {first.name} on {describe_latent(first.model)} latents: compare models with "
+            "the same kind of latent."
         )
 
 

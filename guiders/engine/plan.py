@@ -10,7 +10,7 @@ where *shapers* make up ``shape``, *terms* the sum, and *policies* decide at eac
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -21,6 +21,7 @@ from .choice import Choice
 from .curves import CFG_UPDATE, Quantity
 from .keys import PLAN
 from .log import RunLog
+from .start import Start
 from .step import Step
 
 
@@ -38,6 +39,9 @@ class Rule(ABC):
     def neutral(self) -> bool:
         """Whether these settings change nothing, so that the engine leaves the rule out."""
 
+    def check(self, start: Start) -> None:  # noqa: B027, most rules work everywhere
+        """Raise ValueError, before sampling starts, where the rule cannot work in this sampling call. See checks.py."""
+
     @property
     def curve(self) -> Quantity | None:
         """The curve that shows what the rule does; None: that of its own update, which bears its name."""
@@ -51,9 +55,6 @@ class Rule(ABC):
 
 class Shaper(Rule):
     """Reshapes the CFG update."""
-
-    def check(self, shape: Sequence[int]) -> None:
-        """Raise ValueError before sampling starts if the rule cannot work on latents of this shape."""
 
     @abstractmethod
     def shape(self, update: Tensor, cond: Tensor, w: float, step: Step) -> Tensor:
@@ -80,9 +81,6 @@ class Policy(Rule):
     def curve(self) -> Quantity | None:
         """A policy has no update of its own: that of CFG, with gaps where there is none."""
         return CFG_UPDATE
-
-    def check(self, guider: Any, sampler: Any, sigmas: Tensor) -> None:
-        """Raise ValueError, before sampling starts, where the policy cannot work with this guider, sampler or schedule [T + 1]."""
 
     @abstractmethod
     def choose(self, step: Step) -> Choice:

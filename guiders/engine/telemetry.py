@@ -84,14 +84,14 @@ class Telemetry:
         self.due = 0.0
         self.sent = False
 
-    def step(self, run: Run) -> None:
+    def evaluated(self, run: Run) -> None:
         """After an evaluation: a message, unless the last one is too young or nobody is there."""
         now = time.monotonic()
         if now >= self.due and self.listener.present():
             self.due = now + PERIOD
             self._send(run, run.log_so_far())
 
-    def finish(self, run: Run) -> None:
+    def finished(self, run: Run) -> None:
         """The last message of a run, also to somebody who has left since the one before: a page that is loaded again."""
         if self.sent or self.listener.present():
             self._send(run, run.log, over=True)
@@ -102,7 +102,7 @@ class Telemetry:
         before = sum(past.steps for past in self.past)
         whole = joined([*self.past, log])
         message = {
-            "step": before + run.index + 1,
+            "step": before + run.evaluation.index + 1,
             "steps": sum(stage.steps for stage in self.stages) or log.steps,
             "nfe": round(whole.nfe, 2),
             "saved": round(whole.saved, 2),

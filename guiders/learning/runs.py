@@ -10,7 +10,7 @@ import comfy.sample
 import comfy.samplers
 from torch import Tensor
 
-from ..engine.host import reads_uncond
+from ..engine.checks import refuse_uncond_readers
 from ..engine.plan import Policy, Rule, plan_of
 
 
@@ -36,8 +36,7 @@ class Runs:
             raise ValueError(f"{self.name} imitates CFG, and cfg 1 is none; use the cfg that you sample with.")
         if self.latent["samples"].is_nested:
             raise ValueError(f"{self.name} takes a latent of one part, not one of picture and sound.")
-        if reads_uncond(self.sampler):
-            raise ValueError(f"{self.name} cannot use the sampler {reads_uncond(self.sampler)}, which needs uncond at every step.")
+        refuse_uncond_readers(self.name, self.sampler)
         plan = plan_of(self.model.model_options)
         for _, rule in plan.active(alone) if plan else ():
             raise ValueError(f"{self.name} needs plain CFG at every step; bypass {rule.name} on its model.")

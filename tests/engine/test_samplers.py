@@ -37,7 +37,7 @@ class Probe(Shaper):
     neutral = False
     seen: list = field(default_factory=list)
 
-    def shape(self, update, denoised, step):
+    def shape(self, update, cond, w, step):
         """Nothing but the note."""
         self.seen.append((step.index, step.first))
         return update

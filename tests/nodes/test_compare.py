@@ -230,7 +230,7 @@ def test_a_refused_column_is_named_before_anything_is_sampled(demo, guided):
         (guided[3], {"sampler_name": "euler_cfg_pp"}, "cannot work with the sampler euler_cfg_pp"),
         (too_large, {}, "is larger than the latent of 32x32"),
         (claimed, {}, "both replace the CFG combination"),
-        (tools.tiny("mmdit"), {}, "works on SD3 latents with 16 channels"),
+        (tools.tiny("mmdit"), {}, r"works on SD3 \(16 channels\) latents"),
     ):
         with tools.counted(demo[0]) as calls, pytest.raises(ValueError, match=rf"^Compare Guidance: model1 \(.*\): .*{why}"):
             compare(demo, [guided[0], refused], **more)

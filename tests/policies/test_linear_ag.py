@@ -423,7 +423,7 @@ def test_samplers_that_evaluate_twice_or_read_uncond_are_refused(host):
     model = tools.tiny("unet")
     with pytest.raises(ValueError, match=r"^LinearAG: fit needs a sampler that evaluates the model once per step"):
         fitted(model, sampler=object_("heun"))
-    with pytest.raises(ValueError, match=r"^LinearAG: fit cannot use the sampler euler_cfg_pp"):
+    with pytest.raises(ValueError, match=r"^LinearAG: fit cannot work with the sampler euler_cfg_pp"):
         fitted(model, sampler=object_("euler_cfg_pp"))
 
 

@@ -6,13 +6,14 @@ The equation and its solution are in regression.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
+from ...engine.checks import refuse_dual_cfg, refuse_uncond_readers
 from ...engine.choice import Choice
-from ...engine.host import reads_uncond
 from ...engine.plan import Policy
+from ...engine.start import Start
 from ...engine.step import Step
 from ...learning.recognition import setting_of
 from .coefficients import Coefficients
@@ -36,13 +37,11 @@ class LinearAG(Policy):
         """Nothing is replaced and nothing left out."""
         return not self.coefficients.betas and self.second_half == "cfg"
 
-    def check(self, guider: Any, sampler: Any, sigmas: Tensor) -> None:
+    def check(self, start: Start) -> None:
         """The run must be what the coefficients were fitted for."""
-        if hasattr(guider, "cfg1"):
-            raise ValueError(f"{self.name} takes one negative prompt and one cfg; use KSampler or CFGGuider instead of DualCFGGuider.")
-        if reads_uncond(sampler):
-            raise ValueError(f"{self.name} and the sampler {reads_uncond(sampler)} exclude each other: CFG++ needs uncond at every step.")
-        self.coefficients.setting.refuse_other(self.name, "these coefficients were", setting_of(guider, sampler, sigmas))
+        refuse_dual_cfg(self.name, start.guider)
+        refuse_uncond_readers(self.name, start.sampler)
+        self.coefficients.setting.refuse_other(self.name, "these coefficients were", setting_of(start.guider, start.sampler, start.sigmas))
 
     def choose(self, step: Step) -> Choice:
         """A step is predicted where all steps before it have left both scores; an interval or a switch may have kept some from it."""
