@@ -14,10 +14,9 @@ import comfy.utils
 import latent_preview
 import torch
 from comfy.utils import model_trange
-from comfy_extras.nodes_custom_sampler import Noise_EmptyNoise
 from torch import Tensor
 
-from ..engine.run import telling_steps
+from ..engine.run import announcing_steps
 from ..spaces import Level, is_flow, levels_of
 from .sampler import INVERSION, Predictor, check_guider, check_lambda
 from .solvers import cfgpp_step
@@ -47,6 +46,8 @@ def invert(
     The mask of an inpainting latent is dropped: sampling would paste the noise, not the picture, into what it protects.
     Raises ValueError for a schedule that does not fall.
     """
+    from comfy_extras.nodes_custom_sampler import Noise_EmptyNoise  # here, so that a change of the host's nodes stops this one alone
+
     check_lambda(INVERSION, lambda_)
     if len(sigmas) < 2 or not bool((sigmas[1:] < sigmas[:-1]).all()):
         raise ValueError(f"{INVERSION} takes sigmas that fall from noise to picture, as a scheduler makes them, not {sigmas.tolist()}.")
@@ -104,7 +105,7 @@ class Inversion(comfy.samplers.Sampler):
         both = self.predictor(guider, extra_args)
         x = model_sampling.noise_scaling(sigmas[-1], noise, latent_image)
         steps = len(sigmas) - 1
-        with telling_steps(guider.model_options, sigmas) as at_step:
+        with announcing_steps(guider.model_options, sigmas) as at_step:
             for done in model_trange(steps, disable=disable_pbar):
                 i = steps - 1 - done  # the step of sampling that is undone
                 at_step(i)

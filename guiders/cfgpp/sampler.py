@@ -19,7 +19,7 @@ from ..engine.checks import refuse_own_combination
 from ..engine.curves import Quantity
 from ..engine.host import POST_CFG
 from ..engine.plan import Shaper, plan_of
-from ..engine.run import run_of, telling_steps
+from ..engine.run import announcing_steps, run_of
 from ..spaces import Level, is_flow, levels_of
 from .solvers import SOLVERS, Schedule, equivalent_cfg
 
@@ -72,7 +72,7 @@ def sample_cfgpp(
 
     steps = model_trange(len(levels) - 1, disable=disable)
     noise = _noise(x, sigmas, extra_args.get("seed"), solver, getattr(model_sampling, "noise_scale", 1.0))
-    with telling_steps(guider.model_options, sigmas) as at_step:
+    with announcing_steps(guider.model_options, sigmas) as at_step:
         return solve(predict, x, Schedule(sigmas, levels, steps, split, noise, history))
 
 

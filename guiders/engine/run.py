@@ -32,7 +32,7 @@ class Watcher(Protocol):
 
 
 class Run:
-    """State of one sampling call: its place in the schedule, the rules' memories, the current evaluation, counters and curves."""
+    """State of one sampling call: its position in the schedule, the rules' memories, the current evaluation, counters and curves."""
 
     def __init__(self, plan: GuidancePlan, guider: Any, sigmas: Tensor, shape: tuple[int, ...], latent_shapes: Any) -> None:
         self.plan = plan
@@ -169,7 +169,7 @@ def run_of(model_options: Mapping[str, Any]) -> Run | None:
 
 
 @contextmanager
-def telling_steps(model_options: Mapping[str, Any], sigmas: Tensor) -> Iterator[Callable[[int], None]]:
+def announcing_steps(model_options: Mapping[str, Any], sigmas: Tensor) -> Iterator[Callable[[int], None]]:
     """For a sampler of this pack, around its loop over ``sigmas``: what it calls with the index of each step that it begins.
 
     Nothing happens without a run, and where another pack has cut the run's schedule up, so that the sampler goes along a part of it.
@@ -179,5 +179,5 @@ def telling_steps(model_options: Mapping[str, Any], sigmas: Tensor) -> Iterator[
         yield lambda index: None
         return
     run.memories.clear()  # where the loop starts again, on the next part of a video
-    with run.position.told() as at_step:
+    with run.position.announced() as at_step:
         yield at_step

@@ -56,7 +56,7 @@ class Position:
         self._fresh = False  # whether it has just begun that step
 
     @contextmanager
-    def told(self) -> Iterator[Callable[[int], None]]:
+    def announced(self) -> Iterator[Callable[[int], None]]:
         """Around the loop of a sampler of ours: what it calls with the index of each step that it begins, in any order."""
         try:
             yield self._begin

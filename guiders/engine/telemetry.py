@@ -1,4 +1,4 @@
-"""What runs tell while they go on, for the charts in the nodes of a graph.
+"""Messages about runs that go on, for the charts in the nodes of a graph.
 
 Nobody listens unless the part of the pack that knows the web server says so by ``connect``. Without a listener a run makes no Telemetry,
 and nothing here is called while it samples.
@@ -22,12 +22,12 @@ PERIOD = 0.25  # seconds between two messages
 
 
 class Listener(Protocol):
-    """Who is told about the sampling calls of one prompt."""
+    """Who gets messages about the sampling calls of one prompt."""
 
     def present(self) -> bool:
         """Whether anybody would see a message now."""
 
-    def tell(self, message: Message) -> None:
+    def send(self, message: Message) -> None:
         """Pass a message on; each one replaces all earlier ones of its sampler."""
 
 
@@ -113,7 +113,7 @@ class Telemetry:
         if self.stages:
             message["stage"] = len(self.past)
             message["stages"] = [{"width": stage.width, "height": stage.height, "steps": stage.steps} for stage in self.stages]
-        self.listener.tell(message)
+        self.listener.send(message)
 
     def _nodes(self, run: Run, log: RunLog, whole: RunLog, before: int) -> dict[str, Message]:
         """By node: its curve, and for a policy that switches, where it does."""

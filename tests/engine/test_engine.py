@@ -10,7 +10,6 @@ import tools
 import torch
 from tools import KINDS, attach, close, comfy, counted, empty_latent, guided, log_of, pag, reference, sample, tiny
 
-from lodestar.guiders.engine import wrappers as engine
 from lodestar.guiders.engine.keys import RUN
 from lodestar.guiders.engine.log import last_log
 from lodestar.guiders.engine.plan import plan_of
@@ -144,27 +143,6 @@ def test_outside_of_its_window_a_rule_leaves_no_rounding(kind):
 
 
 # --- nothing shared, nothing left ------------------------------------------------------------------------------------
-
-
-def test_attaching_does_not_change_the_original():
-    model = tiny("unet")
-    plain = run(model)
-    one = attach(model, APG())
-    before = run(one)
-    two, three = attach(one, pag(model)), attach(one, pag(model, scale=1.0))
-    assert plan_of(model.model_options) is None
-    assert [len(plan_of(m.model_options).rules) for m in (one, two, three)] == [1, 2, 2]
-    assert not torch.equal(run(two), run(three))
-    assert torch.equal(run(one), before)
-    assert torch.equal(run(model), plain)
-
-
-def test_wrappers_are_installed_once():
-    model = tiny("unet")
-    many = guided(model, *[pag(model)] * 3, APG(), Autoguidance(weak_model=tiny("unet", seed=7)))
-    assert {kind: [len(found) for found in by_key.values()] for kind, by_key in many.wrappers.items()} == {
-        kind: [1] for kind in engine.WRAPPERS
-    }
 
 
 def test_a_run_leaves_nothing_in_the_model():

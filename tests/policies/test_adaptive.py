@@ -7,8 +7,8 @@ import gc
 import itertools
 from types import SimpleNamespace
 
+import conditioning_tools
 import pytest
-import test_conditioning
 import tools
 import torch
 from tools import KINDS, attach, close, comfy, cond, counted, custom, empty_latent, guided, log_of, pag, perpneg, sample, tiny
@@ -313,12 +313,12 @@ def test_stages_of_a_step_get_one_decision(sampler, switch):
 def test_video_has_one_gamma_per_sample():
     model = tiny("wan")
     main = guided(model, ag(1.0))
-    plain, result = test_conditioning.video_run(model), test_conditioning.video_run(main)
+    plain, result = conditioning_tools.video_run(model), conditioning_tools.video_run(main)
     assert torch.equal(plain, result)
     curve = log_of(main).curves[COSINE]
     main = guided(model, ag(between(list(curve.values()), 1)))
     with counted(model) as rows:
-        test_conditioning.video_run(main)
+        conditioning_tools.video_run(main)
     assert rows == [2, 2, 1]
     assert log_of(main).switches[AdaptiveGuidance.name].steps == (2,)
 
@@ -326,8 +326,8 @@ def test_video_has_one_gamma_per_sample():
 def test_packed_audio_and_video():
     model = tiny("av")
     main = guided(model, ag(-1.0))
-    test_conditioning.packed_run(main)
-    assert log_of(main).nfe == test_conditioning.STEPS + 1
+    conditioning_tools.packed_run(main)
+    assert log_of(main).nfe == conditioning_tools.STEPS + 1
 
 
 # --- with other rules ------------------------------------------------------------------------------------------------
@@ -395,11 +395,11 @@ def test_two_of_them_are_refused():
 # --- with the host and other packs -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("conditioning", test_conditioning.EVERYWHERE, ids=lambda function: function.__name__)
+@pytest.mark.parametrize("conditioning", conditioning_tools.EVERYWHERE, ids=lambda function: function.__name__)
 def test_conditioning_of_every_kind(conditioning):
     model = tiny("mmdit")
     changes = conditioning(model)
-    latent = changes.pop("latent", empty_latent(model, 1, test_conditioning.SIZE)).repeat(2, 1, 1, 1)
+    latent = changes.pop("latent", empty_latent(model, 1, conditioning_tools.SIZE)).repeat(2, 1, 1, 1)
 
     def sampled(model):
         return sample(model, steps=STEPS, latent=latent, **changes)
@@ -415,9 +415,9 @@ def test_conditioning_of_every_kind(conditioning):
 
 def test_control_nets_of_switched_rows():
     model = tiny("unet")
-    control = test_conditioning.control_net()
-    conds = {name: test_conditioning.with_values(cond(i), control=control) for i, name in enumerate(("positive", "negative"), start=1)}
-    latent = empty_latent(model, 2, test_conditioning.SIZE)
+    control = conditioning_tools.control_net()
+    conds = {name: conditioning_tools.with_values(cond(i), control=control) for i, name in enumerate(("positive", "negative"), start=1)}
+    latent = empty_latent(model, 2, conditioning_tools.SIZE)
     main = guided(model, ag(0.9999))
     result = sample(main, steps=STEPS, latent=latent, **conds)
     assert STEPS < log_of(main).nfe < 2 * STEPS
