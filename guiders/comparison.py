@@ -35,7 +35,7 @@ class NamedModel:
 
 @dataclass(frozen=True)
 class Sampled:
-    """What came out of one column. seconds: of the sampler's steps alone, without loading the model."""
+    """What came out of one model. seconds: of the sampler's steps alone, without loading the model."""
 
     samples: Tensor
     nfe: float
@@ -44,7 +44,7 @@ class Sampled:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What all columns have in common: KSampler's inputs, with its meaning."""
+    """What all models have in common: KSampler's inputs, with its meaning."""
 
     positive: list
     negative: list
@@ -56,11 +56,11 @@ class Comparison:
     scheduler: str
     denoise: float = 1.0
 
-    def run(self, columns: Sequence[NamedModel]) -> list[Sampled]:
-        """Sample every column. Raises ValueError naming the column that is refused; most refusals come before anything is sampled."""
-        for column in columns:
-            _named(column, self._check, column.model, columns[0])
-        return [_named(column, self._sample, column.model, index, len(columns)) for index, column in enumerate(columns)]
+    def run(self, models: Sequence[NamedModel]) -> list[Sampled]:
+        """Sample every model. Raises ValueError naming the one that is refused; most refusals come before anything is sampled."""
+        for named in models:
+            _naming(named, self._check, named.model, models[0])
+        return [_naming(named, self._sample, named.model, index, len(models)) for index, named in enumerate(models)]
 
     def _check(self, model: Any, first: NamedModel) -> None:
         """What the engine refuses when a run starts, asked before the first run of all."""
@@ -107,7 +107,7 @@ class Comparison:
 
 
 def describe(model: Any, cfg: float) -> str:
-    """A model's rules and their settings, one a line; what a column is called if the user gives it no name."""
+    """A model's rules and their settings, one a line; what a model is called if the user gives it no name."""
     plan = plan_of(model.model_options)
     rules = [rule for rule in plan.rules if not rule.neutral] if plan is not None else []
     return "\n".join(map(_describe, rules)) or ("CFG" if cfg != 1 else "no guidance")
@@ -138,15 +138,15 @@ def _check_latent(model: Any, first: NamedModel) -> None:
         )
 
 
-def _named(column: NamedModel, function: Callable[..., Any], *args: Any) -> Any:
+def _naming(named: NamedModel, function: Callable[..., Any], *args: Any) -> Any:
     try:
         return function(*args)
     except ValueError as error:
-        raise ValueError(f"{NAME}: {column.name}: {error}") from error
+        raise ValueError(f"{NAME}: {named.name}: {error}") from error
 
 
 def _progress(model: Any, steps: int, index: int, count: int) -> Callable[[int, Tensor, Tensor, int], None]:
-    """The sampler's callback for one column: the host's previews, and one bar over all columns' steps."""
+    """The sampler's callback for one model: the host's previews, and one bar over all models' steps."""
     callback = latent_preview.prepare_callback(model, steps * count)
     return lambda step, x0, x, _: callback(index * steps + min(step, steps - 1), x0, x, steps * count)
 
