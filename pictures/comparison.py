@@ -15,7 +15,7 @@ from .colour import mean_saturation
 from .text import line_height, unwritable, wrapped, write
 
 _INK, _SOFT, _PAPER = "#1f2933", "#5f6b7a", "#ffffff"
-_SMALLEST = 256  # pixels: cells that are smaller are enlarged, so that there is room for their labels
+_SMALLEST = 256  # pixels: cells that are smaller are enlarged, so that their labels fit
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ def draw(columns: Sequence[LabelledPictures], settings: str) -> Tensor:
     pen = ImageDraw.Draw(paper)
     write(pen, (sheet.left, sheet.gap), sheet.settings, sheet.small, _SOFT)
     for number, (column, head) in enumerate(zip(columns, sheet.heads, strict=True)):
-        place = (sheet.x(number), sheet.top)
-        write(pen, place, head, sheet.large, _INK)
-        write(pen, (place[0], place[1] + _height(head, sheet.large)), _numbers(column), sheet.small, _SOFT)
+        x, y = sheet.x(number), sheet.top
+        write(pen, (x, y), head, sheet.large, _INK)
+        write(pen, (x, y + _height(head, sheet.large)), _numbers(column), sheet.small, _SOFT)
     for row in range(sheet.rows):
         write(pen, (sheet.gap, sheet.y(row)), str(row + 1), sheet.small, _SOFT)
     grid = torch.from_numpy(np.asarray(paper, dtype=np.float32) / 255)
@@ -87,22 +87,22 @@ class _Sheet:
         cell = (width * factor, height * factor)
         small, large, gap = (max(1, round(pixels * max(cell[0], 160) / 256)) for pixels in (12, 15, 10))
         heads = [wrapped(_shown(number, column.label), large, cell[0]) for number, column in enumerate(columns, 1)]
-        told = wrapped(settings, small, len(columns) * (cell[0] + gap) - gap)
-        return cls(heads, told, factor, cell, max(len(column.images) for column in columns), small, large, gap)
+        settings = wrapped(settings, small, len(columns) * (cell[0] + gap) - gap)
+        return cls(heads, settings, factor, cell, max(len(column.images) for column in columns), small, large, gap)
 
     @property
     def left(self) -> int:
-        """Beside the numbers of the rows."""
+        """Left edge of the columns, right of the rows' numbers."""
         return 3 * self.gap
 
     @property
     def top(self) -> int:
-        """Below the settings."""
+        """Upper edge of the columns' heads, below the settings."""
         return 2 * self.gap + _height(self.settings, self.small)
 
     @property
     def size(self) -> tuple[int, int]:
-        """Of the whole."""
+        """Width and height of the picture."""
         return self.x(len(self.heads)), self.y(self.rows)
 
     def x(self, number: int) -> int:

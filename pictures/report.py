@@ -24,10 +24,10 @@ _PANELS: dict[Kind, tuple[str, int]] = {  # title and height of the panel for ea
     "weight": ("weight of plain CFG that does the same in the step", 150),
     "cosine": ("direction", 150),
 }
-_LEFT, _RIGHT, _TOP, _GAP, _FOOT = 76, 28, 62, 62, 66  # margins, and the room above and below the panels
+_LEFT, _RIGHT, _TOP, _GAP, _FOOT = 76, 28, 62, 62, 66  # margins, and the space above and below the panels
 _COLOURS = ("#3366aa", "#cc3d52", "#228833", "#8e4aa8", "#b37400", "#1b8fa8", "#666666", "#8a5a44")
 _INK, _SOFT, _GRID, _PAPER = "#1f2933", "#5f6b7a", "#e3e8ee", "#ffffff"
-_ENOUGH = 30  # curves whose largest values differ by more share a logarithmic axis
+_LARGEST_RATIO = 30  # curves whose largest values differ by more share a logarithmic axis
 
 Curve = Mapping[int, float]  # step -> value
 
@@ -105,9 +105,9 @@ class _Axis:
         peaks = [max(curve.values()) for curve in curves.values()]
         if zoomed:
             low, high = min(values), max(values)
-            room = max((high - low) * 0.1, 1e-4)
-            return cls(low - room, min(high + room, 1.0) if high <= 1 else high + room, False, *span)
-        if min(peaks, default=1.0) > 0 and max(peaks, default=1.0) / min(peaks, default=1.0) > _ENOUGH:
+            margin = max((high - low) * 0.1, 1e-4)
+            return cls(low - margin, min(high + margin, 1.0) if high <= 1 else high + margin, False, *span)
+        if min(peaks, default=1.0) > 0 and max(peaks, default=1.0) / min(peaks, default=1.0) > _LARGEST_RATIO:
             low = max(min(value for value in values if value > 0), max(values) * 1e-4)
             return cls(10 ** math.floor(math.log10(low)), max(values) * 1.3, True, *span)
         return cls(0.0, max(values) * 1.08 or 1.0, False, *span)

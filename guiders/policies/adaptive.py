@@ -60,7 +60,7 @@ class AdaptiveGuidance(Policy):
         refuse_uncond_readers(self.name, start.sampler)
 
     def choose(self, step: Step) -> Choice:
-        """D_u for the samples that have not switched. All stages of a step are alike. The one wait for the GPU in a step is here."""
+        """D_u for the samples that have not switched, the same in all stages of a step. Here is the step's one wait for the GPU."""
         memory = step.memory
         if step.first and "met" in memory:
             _latch(memory, step.index)
