@@ -114,14 +114,13 @@ def describe(model: Any, cfg: float) -> str:
 
 
 def _describe(rule: Rule) -> str:
-    """The short name of a rule (in brackets at the end of the long one), its numbers, and those words that are not the default."""
-    name = rule.name.removesuffix(")").rpartition("(")[2]
+    """The short name of a rule, its numbers, and those words that are not the default."""
     settings = [text for field in fields(rule) if (text := _setting(field, getattr(rule, field.name)))]
     layers = getattr(getattr(rule, "perturbation", None), "layers", ())
     if layers:
         places = (f"{layer.stack}:{layer.block}" + (f".{layer.sub}" if layer.sub else "") for layer in layers)
         settings.append(f"layers {', '.join(places)}")
-    return f"{name}: {', '.join(settings)}" if settings else name
+    return f"{rule.short}: {', '.join(settings)}" if settings else rule.short
 
 
 def _setting(field: Field, value: Any) -> str:

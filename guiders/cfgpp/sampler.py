@@ -16,6 +16,7 @@ from comfy.utils import model_trange
 from torch import Tensor
 
 from ..engine.checks import refuse_own_combination
+from ..engine.curves import Quantity
 from ..engine.host import POST_CFG
 from ..engine.plan import Shaper, plan_of
 from ..engine.run import announcing_steps, run_of
@@ -23,7 +24,7 @@ from ..spaces import Level, is_flow, levels_of
 from .solvers import SOLVERS, Schedule, equivalent_cfg
 
 SAMPLER, INVERSION = "CFG++ Sampler", "CFG++ Inversion"
-CURVE = "equivalent cfg (CFG++)"
+CURVE = Quantity("equivalent cfg (CFG++)", "weight")
 LARGEST_LAMBDA = 2.0
 
 

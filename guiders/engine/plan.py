@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .branches import Branch
 from .choice import Choice
-from .curves import CFG_UPDATE
+from .curves import CFG_UPDATE, Quantity
 from .keys import PLAN
 from .log import RunLog
 from .start import Start
@@ -30,6 +30,7 @@ class Rule(ABC):
     """Parameters of one method. Never holds anything that changes while sampling: that lives in a Run."""
 
     name: ClassVar[str]  # as the user reads it on the node
+    short: ClassVar[str]  # as tables and pictures have it
     start_percent: float = 0.0
     end_percent: float = 1.0
 
@@ -42,8 +43,8 @@ class Rule(ABC):
         """Raise ValueError, before sampling starts, where the rule cannot work in this sampling call. See checks.py."""
 
     @property
-    def curve(self) -> str | None:
-        """Label of the curve that shows what the rule does; None: that of its own update, which bears its name."""
+    def curve(self) -> Quantity | None:
+        """The curve that shows what the rule does; None: that of its own update, which bears its name."""
         return None
 
     @property
@@ -77,7 +78,7 @@ class Policy(Rule):
     claims: ClassVar[str] = ""  # what no second policy may decide, as it reads after "both decide"
 
     @property
-    def curve(self) -> str | None:
+    def curve(self) -> Quantity | None:
         """A policy has no update of its own: that of CFG, with gaps where there is none."""
         return CFG_UPDATE
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..spaces import Layout, cosine_per_sample, is_flow, norm_per_sample, on_device_of
 from .choice import Choice, Rows
-from .curves import CFG_UPDATE, COSINE, Curves
+from .curves import CFG_UPDATE, COSINE, Curves, Quantity
 from .evaluation import Evaluation
 from .keys import RUN
 from .log import RunLog, publish
@@ -43,7 +43,8 @@ class Run:
         self.model_sampling = guider.model_patcher.get_model_object("model_sampling")
         self.flow = is_flow(self.model_sampling)
         names = [rule.name for rule in plan.rules]
-        self.names = [name if names.count(name) == 1 else f"{name} {names[: i + 1].count(name)}" for i, name in enumerate(names)]
+        names = [name if names.count(name) == 1 else f"{name} {names[: i + 1].count(name)}" for i, name in enumerate(names)]
+        self.updates = [Quantity(name, "update") for name in names]
         self.windows = [window(self.model_sampling, rule.start_percent, rule.end_percent) for rule in plan.rules]
         self.position = Position(self.sigmas)
         self.memories: dict[int, dict[str, Any]] = {}
@@ -121,10 +122,10 @@ class Run:
         """Branches of which only these rows are evaluated."""
         self.log.saved += branches * (1 - (float(rows) if isinstance(rows, bool) else sum(rows) / len(rows)))
 
-    def record(self, label: str, values: Tensor) -> None:
+    def record(self, quantity: Quantity, values: Tensor) -> None:
         """Keep a curve's value [B] for this step; it stays on the device until the run ends."""
         if self.evaluation.first:
-            self._curves.record(label, self.evaluation.index, values.detach().float().mean())
+            self._curves.record(quantity, self.evaluation.index, values.detach().float().mean())
 
     def record_predictions(self, cond: Tensor | None, uncond: Tensor | None) -> None:
         """Curves of the sampler's own predictions, where both were evaluated."""
@@ -140,7 +141,7 @@ class Run:
     def record_update(self, index: int, before: Tensor, after: Tensor) -> None:
         """Curve of what rule number ``index`` changed, relative to the denoised image."""
         if self.evaluation.first:
-            self.record(self.names[index], norm_per_sample(after - before, self.layout) / norm_per_sample(before, self.layout))
+            self.record(self.updates[index], norm_per_sample(after - before, self.layout) / norm_per_sample(before, self.layout))
 
     def log_so_far(self) -> RunLog:
         """The log with what the device has handed over of the curves; does not wait for it."""

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from .curves import CFG_UPDATE
+from .curves import CFG_UPDATE, Quantity
 from .keys import NODE, TELEMETRY
 from .log import RunLog, joined
 from .plan import GuidancePlan, Rule
@@ -116,17 +116,16 @@ class Telemetry:
         self.listener.send(message)
 
     def _nodes(self, run: Run, log: RunLog, whole: RunLog, before: int) -> dict[str, Message]:
-        """By node: the name and the points of its curve, and for a policy that switches, where it does."""
+        """By node: its curve, and for a policy that switches, where it does."""
         nodes = {}
         for index, rule, node in _shown(run.plan):
-            label = rule.curve or run.names[index]
-            nodes[node] = {"curve": label, "points": _points(whole.curves.get(label, {})), "policy": rule.curve is not None}
+            nodes[node] = _curve(whole, rule.curve or run.updates[index]) | {"policy": rule.curve is not None}
             if rule.name in log.switches:
                 switch = log.switches[rule.name]
                 steps = [None if step is None else before + step for step in switch.steps]
                 nodes[node]["switch"] = {"threshold": switch.threshold, "steps": steps}
         if self.node is not None:
-            nodes[self.node] = {"curve": CFG_UPDATE, "points": _points(whole.curves.get(CFG_UPDATE, {})), "policy": False}
+            nodes[self.node] = _curve(whole, CFG_UPDATE) | {"policy": False}
         return nodes
 
 
@@ -134,6 +133,10 @@ def _shown(plan: GuidancePlan) -> list[tuple[int, Rule, str]]:
     """The rules that do something and come from a node, with their index in the plan."""
     shown = [(index, entry) for index, entry in enumerate(plan.entries) if entry.node is not None and not entry.rule.neutral]
     return [(index, entry.rule, entry.node) for index, entry in shown]
+
+
+def _curve(log: RunLog, quantity: Quantity) -> Message:
+    return {"curve": quantity.name, "kind": quantity.kind, "points": _points(log.curves.get(quantity, {}))}
 
 
 def _points(curve: Mapping[int, float]) -> list[tuple[int, float | None]]:

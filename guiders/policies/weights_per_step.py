@@ -95,6 +95,7 @@ class StepwiseCFG(Policy):
     """Every step uses the weight that the policy has for it, whatever the sampler's cfg says, and pays for what that weight needs."""
 
     name: ClassVar[str] = "Guidance policy: apply"
+    short: ClassVar[str] = "Guidance policy"
     claims: ClassVar[str] = "what every step evaluates"
     policy: StepWeights
 

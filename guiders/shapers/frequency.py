@@ -44,6 +44,7 @@ class FrequencyGuidance(Shaper):
     """
 
     name: ClassVar[str] = "Frequency-aware CFG (FA-CFG)"
+    short: ClassVar[str] = "FA-CFG"
     low_scale: float = 7.5
     high_scale: float = 35.0
     low_height: int

@@ -25,6 +25,7 @@ class Autoguidance(Term):
     """D + (w - 1)(D_c - D_weak); with CFG this is the paper's form for several guides."""
 
     name: ClassVar[str] = "Autoguidance"
+    short: ClassVar[str] = "Autoguidance"
     weak_model: Any
     scale: float = 2.0
 

@@ -180,11 +180,12 @@ def test_curves_of_the_log():
     sample(main, steps=6, sampler="heun", latent=small(model))
     log = log_of(main)
     names = {rule.name for rule in plan_of(main.model_options).rules[:3]}
-    assert set(log.curves) == {"CFG update", "cosine of cond and uncond", *names}
+    curves = tools.curves_of(log)
+    assert set(curves) == {"CFG update", "cosine of cond and uncond", *names}
     inside = [i for i, sigma in enumerate(log.sigmas[:-1]) if sigma > float(model.model.model_sampling.percent_to_sigma(0.5))]
-    assert list(log.curves["CFG update"]) == list(log.curves[APG.name]) == inside
-    assert list(log.curves[Autoguidance.name]) == list(range(6))
-    assert all(0 < value < 10 for value in log.curves["CFG update"].values())
+    assert list(curves["CFG update"]) == list(curves[APG.name]) == inside
+    assert list(curves[Autoguidance.name]) == list(range(6))
+    assert all(0 < value < 10 for value in curves["CFG update"].values())
     assert last_log(plan_of(main.model_options)) is log
 
 

@@ -201,10 +201,10 @@ def test_text_is_broken_within_the_room(host):
 
 @pytest.mark.parametrize(("height", "width"), [(16, 48), (300, 200), (1024, 768)])
 def test_grids_of_other_sizes(host, height, width):
-    from lodestar.pictures.comparison import Column, draw
+    from lodestar.pictures.comparison import LabelledPictures, draw
 
     generator = torch.Generator().manual_seed(0)
-    columns = [Column("a label " * n, torch.rand(n, height, width, 3, generator=generator), 3.5, 1.0) for n in (1, 3)]
+    columns = [LabelledPictures("a label " * n, torch.rand(n, height, width, 3, generator=generator), 3.5, 1.0) for n in (1, 3)]
     grid = draw(columns, "settings")
     assert grid.shape[0] == 1 and grid.shape[3] == 3 and float(grid.min()) >= 0 and float(grid.max()) <= 1
     factor = max(1, 256 // max(height, width))

@@ -27,6 +27,7 @@ class LinearAG(Policy):
     """First half: D_u is evaluated at every second step and predicted at the others. Second half: D_c alone, or left to other policies."""
 
     name: ClassVar[str] = "LinearAG: apply"
+    short: ClassVar[str] = "LinearAG"
     claims: ClassVar[str] = "what every step evaluates"
     coefficients: Coefficients
     second_half: str = "conditional"
@@ -43,7 +44,7 @@ class LinearAG(Policy):
         self.coefficients.setting.refuse_other(self.name, "these coefficients were", setting_of(start.guider, start.sampler, start.sigmas))
 
     def choose(self, step: Step) -> Choice:
-        """A step is predicted where all steps before it have left both scores; an interval or a switch may have kept some from it."""
+        """A step is predicted if both scores of every earlier step are known. An interval or a switch may have left some of them out."""
         steps = self.coefficients.setting.steps
         if self.second_half == "conditional" and step.index >= steps // 2:
             return Choice(weight=1.0)
@@ -55,14 +56,14 @@ class LinearAG(Policy):
             self.remember(score(x, cond, sigma), score(x, uncond, sigma), step)
 
     def predict(self, cond: Tensor, x: Tensor, sigma: Tensor, step: Step) -> Tensor:
-        """D_u from u_hat_k, which later steps use as u_k."""
+        """D_u from u_hat_k. Later steps use u_hat_k as u_k."""
         c = score(x, cond, sigma)
         u = predict(self.coefficients.betas[step.index], [*step.memory["cond"], c], step.memory["uncond"])
         self.remember(c, u, step)
         return denoised(x, u, sigma)
 
     def remember(self, c: Tensor, u: Tensor, step: Step) -> None:
-        """As long as a later step needs it."""
+        """Keep c_k and u_k if a later step needs them."""
         if step.index < max(self.coefficients.betas, default=0) and len(step.memory.setdefault("uncond", [])) == step.index:
             step.memory.setdefault("cond", []).append(c)
             step.memory["uncond"].append(u)
