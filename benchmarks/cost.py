@@ -1,4 +1,4 @@
-"""What guidance costs: ``python run.py bench cost [--steps N] [--batch N] [--time]``.
+"""What guidance costs: ``python run.py bench cost [--steps N] [--batch N] [--time] [--write]``.
 
 For each method: model calls, rows and evaluations (NFE) of a step, and counted floating-point operations relative to one
 conditional forward pass. Counted, not timed, so that every machine prints the same. Ours and the host's own nodes are counted
@@ -24,6 +24,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_apg, nodes_custom_sampler, nodes_pag
 from tqdm import tqdm
 
+from lodestar.benchmarks import _results
 from lodestar.benchmarks._flops import counted_flops
 from lodestar.demo import models
 from lodestar.demo.shapes import SIZE
@@ -159,25 +160,42 @@ METHODS = (
     Method("host: DualModelGuider (cfg 2)", host_dual_model, cfg=2.0),
 )
 
+SHORT = {  # the README's rows
+    "plain CFG": "CFG",
+    "APG": "APG",
+    "CFG and PAG": "CFG + PAG",
+    "autoguidance instead of CFG": "autoguidance (cfg 1)",
+    "Adaptive Guidance, threshold 0.998": "AG, threshold 0.998",
+    "LinearAG": "LinearAG",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=10, metavar="N", help="sampling steps (default: 10)")
+    parser.add_argument("--steps", type=int, default=20, metavar="N", help="sampling steps (default: 20)")
     parser.add_argument("--batch", type=int, default=2, metavar="N", help="pictures at once (default: 2)")
     parser.add_argument("--models", nargs="+", choices=models.MODELS, default=models.MODELS, help="which models (default: both)")
     parser.add_argument("--time", action="store_true", help="also processor time (takes several times as long)")
+    _results.add_option(parser)
     args = parser.parse_args(argv)
+    write = _results.is_wanted(parser, args)
     if args.time:
         torch.set_num_threads(1)
-    print(f"Per step, mean of {args.steps} Euler steps, batch of {args.batch}. FLOPs: 1.00 is one conditional forward pass of the batch.")
+    about = f"Per step, mean of {args.steps} Euler steps, batch of {args.batch}. FLOPs: 1.00 is one conditional forward pass of the batch."
+    print(about)
+    tables, found = [about], {}
     for model in args.models:
-        counts = {}
+        counts = found[model] = {}
         for method in tqdm(METHODS, desc=model, unit="method", leave=False):
             count = measure(model, method, args.steps, args.batch, args.time)
             if count is not None:
                 counts[method.name] = count
-        print(f"\n{table(model, counts, args.steps)}")
+        tables.append(table(model, counts, args.steps))
+        print(f"\n{tables[-1]}")
+    if write:
+        _results.write(_results.RESULTS, "cost", "\n\n".join(tables))
+        _results.write(_results.README, "cost", short_table(found))
     return 0
 
 
@@ -261,6 +279,18 @@ def table(model: str, counts: dict[str, Count], steps: int) -> str:
         rows.append((label, *(f"{value:.2f}" for value in values)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def short_table(found: dict[str, dict[str, Count]]) -> str:
+    """For the README: a few methods, and all models in one table, in Markdown."""
+    lines = ["| with | evaluations per step |" + "".join(f" work, {model} |" for model in found), "|---|---|" + "---|" * len(found)]
+    for label, name in SHORT.items():
+        counts = [counts[name] for counts in found.values()]
+        units = [all_counts["conditional (cfg 1)"] for all_counts in found.values()]
+        evaluations = " or ".join(dict.fromkeys(f"{count.nfe / unit.nfe:.3g}" for count, unit in zip(counts, units, strict=True)))
+        work = "".join(f" {count.flops / unit.flops:.2f} |" for count, unit in zip(counts, units, strict=True))
+        lines.append(f"| {label} | {evaluations} |{work}")
     return "\n".join(lines)
 
 
