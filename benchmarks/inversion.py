@@ -23,7 +23,7 @@ from lodestar.benchmarks import _results
 from lodestar.benchmarks.effects.cells import SEED, Batch, decoded
 from lodestar.demo import classifier, models
 from lodestar.demo.shapes import ATTRIBUTES, SIZE, Scenes, captions, draw, random_scenes
-from lodestar.guiders.cfgpp.inversion import FURTHEST, Inversion
+from lodestar.guiders.cfgpp.inversion import LARGEST_TIME, Inversion
 from lodestar.guiders.cfgpp.sampler import cfgpp_sampler
 from lodestar.guiders.cfgpp.solvers import levels_of, mean_equivalent_cfg
 from lodestar.guiders.spaces import is_flow
@@ -48,7 +48,7 @@ def schedule(model: str, steps: int) -> Tensor:
     """The demo model's schedule, as inversion hands it on."""
     sampling = _sampling(model)
     sigmas = comfy.samplers.calculate_sigmas(sampling, models.SCHEDULERS[model], steps)
-    return sigmas.clamp(max=FURTHEST) if is_flow(sampling) else sigmas
+    return sigmas.clamp(max=LARGEST_TIME) if is_flow(sampling) else sigmas
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Spaces and reductions shared by the methods: percent of the schedule, noise parametrisations, per-sample sums."""
+"""Spaces and reductions shared by the methods: denoised, noise and velocity, kinds of path, per-sample sums."""
 
 from __future__ import annotations
 
@@ -8,11 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-
-def window(model_sampling: Any, start_percent: float, end_percent: float) -> tuple[float, float]:
-    """(sigma_start, sigma_end) of a share of the schedule. A rule covers sigma_end < sigma <= sigma_start."""
-    return float(model_sampling.percent_to_sigma(start_percent)), float(model_sampling.percent_to_sigma(end_percent))
 
 
 def is_flow(model_sampling: Any) -> bool:
@@ -82,7 +77,7 @@ class Layout:
         return torch.cat(parts, dim=1).to(like.dtype).reshape(like.shape)
 
 
-def beside(x: Tensor, values: Sequence[int] | Sequence[bool]) -> Tensor:
+def on_device_of(x: Tensor, values: Sequence[int] | Sequence[bool]) -> Tensor:
     """A short list as a tensor on the device of x; a GPU is not waited for, as ``torch.tensor(values, device=...)`` would."""
     return torch.tensor(values).to(x.device, non_blocking=x.device.type == "cuda")
 

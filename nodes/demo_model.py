@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..demo.models import MODELS, STRENGTHS, load_clip, load_model, load_vae
-from ..guiders.engine.wrappers import attach
+from ..guiders.engine.attach import attach
 
 
 class LodestarDemoModel(io.ComfyNode):

@@ -21,7 +21,7 @@ from ..spaces import is_flow
 from .sampler import INVERSION, Predictor, check_guider, check_lambda
 from .solvers import Level, cfgpp_step, levels_of
 
-FURTHEST = 0.9999  # of a flow model's t: at 1 nothing is left of a latent in which the host could be handed the noise
+LARGEST_TIME = 0.9999  # of a flow model's t: at 1 nothing is left of a latent in which the host could be handed the noise
 
 
 def inversion_step(x: Tensor, guided: Tensor, uncond: Tensor, now: Level, then: Level) -> Tensor:
@@ -50,7 +50,7 @@ def invert(
     if len(sigmas) < 2 or not bool((sigmas[1:] < sigmas[:-1]).all()):
         raise ValueError(f"{INVERSION} takes sigmas that fall from noise to picture, as a scheduler makes them, not {sigmas.tolist()}.")
     if is_flow(model.get_model_object("model_sampling")):
-        sigmas = sigmas.clamp(max=FURTHEST)
+        sigmas = sigmas.clamp(max=LARGEST_TIME)
     samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, negative)

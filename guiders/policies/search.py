@@ -22,9 +22,9 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from ..engine.attach import detach
 from ..engine.plan import Rule
-from ..engine.run import solver_step
-from ..engine.wrappers import detach
+from ..engine.schedule import solver_step
 from ..learning.gradients import checkpointed, cloned, differentiable, gradients, once_more, ordinary_weights
 from ..learning.runs import Runs
 from ..learning.setting import Setting

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..engine.choice import Choice
 from ..engine.host import reads_uncond
-from ..engine.plan import Choice, Policy
-from ..engine.run import Step
+from ..engine.plan import Policy
+from ..engine.step import Step
 from ..learning.setting import Setting
 
 FORMAT = "lodestar guidance policy 1"

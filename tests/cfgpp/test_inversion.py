@@ -11,7 +11,7 @@ from tools import close, comfy, cond, counted, custom, guided, log_of, pag, tiny
 from torch import Tensor
 
 from lodestar.demo import models, shapes
-from lodestar.guiders.cfgpp.inversion import FURTHEST, first_step, inversion_step, invert
+from lodestar.guiders.cfgpp.inversion import LARGEST_TIME, first_step, inversion_step, invert
 from lodestar.guiders.cfgpp.sampler import cfgpp_sampler
 from lodestar.guiders.cfgpp.solvers import Level, cfgpp_step, levels_of
 from lodestar.guiders.shapers.apg import APG
@@ -185,7 +185,7 @@ def test_what_comes_out(kind):
     noise, sigmas = inverted(model, latent)
     assert set(noise) == {"samples", "batch_index"} and "noise_mask" in latent
     assert noise["samples"].shape == latent["samples"].shape and noise["samples"].isfinite().all()
-    assert sigmas[1:].equal(schedule(model)[1:]) and sigmas[0] == (torch.tensor(FURTHEST) if kind == "mmdit" else schedule(model)[0])
+    assert sigmas[1:].equal(schedule(model)[1:]) and sigmas[0] == (torch.tensor(LARGEST_TIME) if kind == "mmdit" else schedule(model)[0])
     assert inverted(model, latent)[0]["samples"].equal(noise["samples"])
     for i in range(2):
         alone, _ = inverted(model, {"samples": latent["samples"][i : i + 1]})

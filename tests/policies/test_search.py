@@ -521,7 +521,7 @@ def test_the_report_draws_a_cell_for_every_step(host):
 
 
 def test_a_cell_shows_how_many_rows_are_guided(host):
-    from lodestar.guiders.engine.plan import Choice
+    from lodestar.guiders.engine.choice import Choice
     from lodestar.pictures import policy_strip
 
     assert policy_strip.guided(Choice(uncond=(True, False, False, False))) == 0.25

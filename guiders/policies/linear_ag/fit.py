@@ -14,9 +14,10 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ...engine.plan import Choice, Policy
-from ...engine.run import Step
-from ...engine.wrappers import attach
+from ...engine.attach import attach
+from ...engine.choice import Choice
+from ...engine.plan import Policy
+from ...engine.step import Step
 from ...learning.runs import Runs
 from ...learning.setting import Setting
 from .coefficients import Coefficients
