@@ -14,7 +14,8 @@ import comfy.samplers
 from comfy.model_sampling import ModelSamplingDiscrete, ModelSamplingDiscreteFlow
 
 from lodestar.benchmarks import _results
-from lodestar.guiders.cfgpp.solvers import levels_of, mean_equivalent_cfg
+from lodestar.guiders.cfgpp.solvers import mean_equivalent_cfg
+from lodestar.guiders.spaces import levels_of
 
 LAMBDAS = (0.2, 0.4, 0.6, 0.8, 1.0)
 STEPS = (10, 20, 30, 50)

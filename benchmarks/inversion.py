@@ -20,13 +20,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lodestar.benchmarks import _results
-from lodestar.benchmarks.effects.cells import SEED, Batch, decoded
+from lodestar.benchmarks._sampling import decoded
+from lodestar.benchmarks.effects.cells import SEED, Batch
 from lodestar.demo import classifier, models
 from lodestar.demo.shapes import ATTRIBUTES, SIZE, Scenes, captions, draw, random_scenes
 from lodestar.guiders.cfgpp.inversion import LARGEST_TIME, Inversion
 from lodestar.guiders.cfgpp.sampler import cfgpp_sampler
-from lodestar.guiders.cfgpp.solvers import levels_of, mean_equivalent_cfg
-from lodestar.guiders.spaces import is_flow
+from lodestar.guiders.cfgpp.solvers import mean_equivalent_cfg
+from lodestar.guiders.spaces import is_flow, levels_of
 
 CFG, CFGPP, AUTHORS = "CFG", "CFG++", "CFG, authors' match"
 AUTHORS_CFG = {0.2: 2.0, 0.4: 5.0, 0.6: 7.5, 0.8: 9.0, 1.0: 12.5}  # by lambda: their table for 50 steps of Stable Diffusion

@@ -17,9 +17,9 @@ from comfy.utils import model_trange
 from comfy_extras.nodes_custom_sampler import Noise_EmptyNoise
 from torch import Tensor
 
-from ..spaces import is_flow
+from ..spaces import Level, is_flow, levels_of
 from .sampler import INVERSION, Predictor, check_guider, check_lambda
-from .solvers import Level, cfgpp_step, levels_of
+from .solvers import cfgpp_step
 
 LARGEST_TIME = 0.9999  # of a flow model's t: at 1 nothing is left of a latent in which the host could be handed the noise
 

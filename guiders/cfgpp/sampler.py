@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..engine.plan import Shaper, plan_of
 from ..engine.run import run_of
-from ..spaces import is_flow
-from .solvers import SOLVERS, Level, Schedule, equivalent_cfg, levels_of
+from ..spaces import Level, is_flow, levels_of
+from .solvers import SOLVERS, Schedule, equivalent_cfg
 
 SAMPLER, INVERSION = "CFG++ Sampler", "CFG++ Inversion"
 CURVE = "equivalent cfg (CFG++)"

@@ -16,24 +16,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..spaces import Level, level_at
+
 Predict = Callable[[Tensor, Tensor, "int | None"], tuple[Tensor, Tensor]]
-
-
-class Level(NamedTuple):
-    """A point of the path: a share ``a`` of signal, ``s`` of noise. The host's sigma is ``s``."""
-
-    a: float
-    s: float
-
-
-def levels_of(sigmas: Sequence[float], flow: bool) -> list[Level]:
-    """The schedule as levels: a = 1 - t, s = t on flow models, a = 1, s = sigma on all others."""
-    return [Level(1 - sigma if flow else 1.0, sigma) for sigma in sigmas]
-
-
-def level_at(rho: float, flow: bool) -> Level:
-    """The level with noise-to-signal ratio ``rho`` = s / a."""
-    return Level(1 / (1 + rho), rho / (1 + rho)) if flow else Level(1.0, rho)
 
 
 def decay(now: Level, then: Level) -> float:

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ...guiders.policies.search import NAME as SEARCH
 from ...guiders.policies.search import search
-from ...guiders.policies.weights_per_step import GuidancePolicy, SearchedPolicy
+from ...guiders.policies.weights_per_step import StepWeights, StepwiseCFG
 from .. import files
 from ..schema import ATTACHED, CATEGORY, guided, model_input
 from ..training_inputs import CATEGORY as TRAINING
@@ -67,7 +67,7 @@ class LodestarGuidancePolicy(io.ComfyNode):
         """Schema."""
         return io.Schema(
             node_id="LodestarGuidancePolicy",
-            display_name=SearchedPolicy.name,
+            display_name=StepwiseCFG.name,
             category=CATEGORY,
             description="Samples with a policy: at every step the conditional prediction, the unconditional one, or CFG at a weight of its "
             "own. Only what a step uses is evaluated.",
@@ -78,9 +78,9 @@ class LodestarGuidancePolicy(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Any, policy: GuidancePolicy) -> io.NodeOutput:
+    def execute(cls, model: Any, policy: StepWeights) -> io.NodeOutput:
         """Attach the rule."""
-        return guided(cls, model, SearchedPolicy(policy=policy))
+        return guided(cls, model, StepwiseCFG(policy=policy))
 
 
 class LodestarSavePolicy(io.ComfyNode):
@@ -101,7 +101,7 @@ class LodestarSavePolicy(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, policy: GuidancePolicy, filename_prefix: str) -> io.NodeOutput:
+    def execute(cls, policy: StepWeights, filename_prefix: str) -> io.NodeOutput:
         """Never overwrites a file."""
         return files.saved(filename_prefix, SUFFIX, policy.save)
 
@@ -128,7 +128,7 @@ class LodestarLoadPolicy(io.ComfyNode):
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
         """A file that is not a policy is refused."""
-        policy = GuidancePolicy.load(files.existing(file))
+        policy = StepWeights.load(files.existing(file))
         return io.NodeOutput(policy, policy.to_json())
 
     @classmethod

@@ -13,8 +13,9 @@ from torch import Tensor
 from lodestar.demo import models, shapes
 from lodestar.guiders.cfgpp.inversion import LARGEST_TIME, first_step, inversion_step, invert
 from lodestar.guiders.cfgpp.sampler import cfgpp_sampler
-from lodestar.guiders.cfgpp.solvers import Level, cfgpp_step, levels_of
+from lodestar.guiders.cfgpp.solvers import cfgpp_step
 from lodestar.guiders.shapers.apg import APG
+from lodestar.guiders.spaces import Level, levels_of
 
 EDM = [14.6, 5.0, 2.0, 0.7, 0.2, 0.0]
 FLOW = [0.95, 0.8, 0.55, 0.3, 0.1, 0.0]

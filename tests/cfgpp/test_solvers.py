@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lodestar.guiders.cfgpp import solvers as cfgpp
-from lodestar.guiders.cfgpp.solvers import SOLVERS, Level, Schedule, ancestral, cfgpp_step, ddim, decay, equivalent_cfg, level_at, levels_of
+from lodestar.guiders.cfgpp.solvers import SOLVERS, Schedule, ancestral, cfgpp_step, ddim, decay, equivalent_cfg
+from lodestar.guiders.spaces import Level, level_at, levels_of
 
 EDM = [14.6, 9.0, 5.2, 3.0, 1.7, 0.9, 0.4, 0.12, 0.0]
 FLOW = [0.98, 0.9, 0.8, 0.66, 0.5, 0.33, 0.2, 0.08, 0.0]
