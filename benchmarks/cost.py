@@ -186,12 +186,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(about)
     tables, found = [about], {}
     for model in args.models:
-        counts = found[model] = {}
-        for method in tqdm(METHODS, desc=model, unit="method", leave=False):
-            count = measure(model, method, args.steps, args.batch, args.time)
-            if count is not None:
-                counts[method.name] = count
-        tables.append(table(model, counts, args.steps))
+        methods = tqdm(METHODS, desc=model, unit="method", leave=False)
+        counts = {method.name: measure(model, method, args.steps, args.batch, args.time) for method in methods}
+        found[model] = {name: count for name, count in counts.items() if count is not None}
+        tables.append(table(model, found[model], args.steps))
         print(f"\n{tables[-1]}")
     if write:
         _results.write(_results.RESULTS, "cost", "\n\n".join(tables))
@@ -209,15 +207,12 @@ def measure(model: str, method: Method, steps: int, batch: int = 2, timed: bool 
         return None
     with torch.no_grad(), counted_flops() as flops:
         count.latent = sample(guider, pair.sigmas, method.sampler, batch)
-    count.flops = flops.get_total_flops()
-    counters = replace(count)
+    counters = replace(count, flops=flops.get_total_flops())
     if timed:
         plain = guider_of(PLAIN, pair)
-        ratios = []
-        for _ in range(RUNS):
-            unit = seconds(plain, pair.sigmas, PLAIN.sampler, batch) / 2
-            ratios.append(seconds(guider, pair.sigmas, method.sampler, batch) / unit)
-        counters.time = median(ratios)
+        pairs = ((plain, PLAIN.sampler), (guider, method.sampler))
+        runs = [[seconds(each, pair.sigmas, sampler, batch) for each, sampler in pairs] for _ in range(RUNS)]
+        counters.time = median(2 * ours / cfg for cfg, ours in runs)
     return counters
 
 
@@ -277,7 +272,7 @@ def table(model: str, counts: dict[str, Count], steps: int) -> str:
         if timed:
             values.append(count.time)
         rows.append((label, *(f"{value:.2f}" for value in values)))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
     return "\n".join(lines)
 
@@ -295,7 +290,7 @@ def short_table(found: dict[str, dict[str, Count]]) -> str:
 
 def remark(name: str, counts: dict[str, Count]) -> str:
     """Says so where a method costs evaluations but leaves the result of its base as it is."""
-    base = "conditional (cfg 1)" if "cfg 1" in name else "CFG"
+    base = METHODS[0].name if "cfg 1" in name else PLAIN.name
     paid = counts[name].nfe > counts[base].nfe
     same = torch.allclose(counts[name].latent, counts[base].latent, atol=1e-3)  # up to the rounding of other batch sizes
     return " (no effect)" if paid and same else ""
