@@ -14,7 +14,6 @@ import comfy.utils
 import latent_preview
 import torch
 from comfy.utils import model_trange
-from comfy_extras.nodes_custom_sampler import Noise_EmptyNoise
 from torch import Tensor
 
 from ..spaces import is_flow
@@ -46,6 +45,8 @@ def invert(
     The mask of an inpainting latent is dropped: sampling would paste the noise, not the picture, into what it protects.
     Raises ValueError for a schedule that does not fall.
     """
+    from comfy_extras.nodes_custom_sampler import Noise_EmptyNoise  # here, so that the pack loads without it
+
     check_lambda(INVERSION, lambda_)
     if len(sigmas) < 2 or not bool((sigmas[1:] < sigmas[:-1]).all()):
         raise ValueError(f"{INVERSION} takes sigmas that fall from noise to picture, as a scheduler makes them, not {sigmas.tolist()}.")

@@ -106,7 +106,7 @@ def started(comfy, folder):
 
 def nodes_of_the_pack():
     """The ids of all nodes, as the sources have them."""
-    return {name for file in (ROOT / "nodes").glob("*.py") for name in NODE.findall(file.read_text(encoding="utf-8"))}
+    return {name for file in (ROOT / "nodes").rglob("*.py") for name in NODE.findall(file.read_text(encoding="utf-8"))}
 
 
 def check_that_it_works(comfy, folder):
