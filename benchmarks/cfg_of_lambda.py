@@ -10,7 +10,8 @@ from typing import Any
 import comfy.samplers
 from comfy.model_sampling import ModelSamplingDiscrete, ModelSamplingDiscreteFlow
 
-from lodestar.guiders.cfgpp.solvers import levels_of, mean_equivalent_cfg
+from lodestar.guiders.cfgpp.solvers import mean_equivalent_cfg
+from lodestar.guiders.spaces import levels_of
 
 LAMBDAS = (0.2, 0.4, 0.6, 0.8, 1.0)
 STEPS = (10, 20, 30, 50)

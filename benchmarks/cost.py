@@ -28,10 +28,11 @@ from lodestar.benchmarks._flops import counted_flops
 from lodestar.demo import models
 from lodestar.demo.shapes import SIZE
 from lodestar.guiders.cfgpp.sampler import cfgpp_sampler
+from lodestar.guiders.learning.recognition import setting_of
 from lodestar.guiders.learning.setting import Setting
 from lodestar.guiders.policies.linear_ag.coefficients import Coefficients
-from lodestar.guiders.policies.linear_ag.rule import replaced_steps, shifted
-from lodestar.guiders.policies.weights_per_step import GuidancePolicy
+from lodestar.guiders.policies.linear_ag.regression import replaced_steps, shifted
+from lodestar.guiders.policies.weights_per_step import StepWeights
 from lodestar.nodes.policies.adaptive import LodestarAdaptiveGuidance
 from lodestar.nodes.policies.guidance_policy import LodestarGuidancePolicy
 from lodestar.nodes.policies.interval import LodestarGuidanceInterval
@@ -114,7 +115,7 @@ def setting(pair: Models) -> Setting:
     guider = comfy.samplers.CFGGuider(pair.main)
     guider.set_conds(conditioning(CAPTION), conditioning(""))
     guider.set_cfg(CFG)
-    return Setting.of(guider, comfy.samplers.sampler_object("euler"), pair.sigmas)
+    return setting_of(guider, comfy.samplers.sampler_object("euler"), pair.sigmas)
 
 
 def linear_ag(pair: Models) -> Any:
@@ -127,7 +128,7 @@ def policy(pair: Models) -> Any:
     """A policy like the paper's: CFG in the first half, one step in four unconditional in the second, otherwise conditional."""
     steps = len(pair.sigmas) - 1
     weights = [CFG] * (steps // 2) + [float(i % 4 > 0) for i in range(steps - steps // 2)]
-    return LodestarGuidancePolicy.execute(pair.main, GuidancePolicy(setting(pair), tuple(weights))).result[0]
+    return LodestarGuidancePolicy.execute(pair.main, StepWeights(setting(pair), tuple(weights))).result[0]
 
 
 def host_dual_model(pair: Models) -> Any:

@@ -22,10 +22,10 @@ from tqdm import tqdm
 from lodestar.benchmarks.effects.cells import SEED, Batch, decoded
 from lodestar.demo import classifier, models
 from lodestar.demo.shapes import ATTRIBUTES, SIZE, Scenes, captions, draw, random_scenes
-from lodestar.guiders.cfgpp.inversion import FURTHEST, Inversion
+from lodestar.guiders.cfgpp.inversion import LARGEST_TIME, Inversion
 from lodestar.guiders.cfgpp.sampler import cfgpp_sampler
-from lodestar.guiders.cfgpp.solvers import levels_of, mean_equivalent_cfg
-from lodestar.guiders.spaces import is_flow
+from lodestar.guiders.cfgpp.solvers import mean_equivalent_cfg
+from lodestar.guiders.spaces import is_flow, levels_of
 
 CFG, CFGPP, AUTHORS = "CFG", "CFG++", "CFG, authors' match"
 AUTHORS_CFG = {0.2: 2.0, 0.4: 5.0, 0.6: 7.5, 0.8: 9.0, 1.0: 12.5}  # by lambda: their table for 50 steps of Stable Diffusion
@@ -47,7 +47,7 @@ def schedule(model: str, steps: int) -> Tensor:
     """The demo model's schedule, as inversion hands it on."""
     sampling = _sampling(model)
     sigmas = comfy.samplers.calculate_sigmas(sampling, models.SCHEDULERS[model], steps)
-    return sigmas.clamp(max=FURTHEST) if is_flow(sampling) else sigmas
+    return sigmas.clamp(max=LARGEST_TIME) if is_flow(sampling) else sigmas
 
 
 @cache

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lodestar.guiders.learning.gradients import checkpointed, once_more
+from lodestar.guiders.learning.checkpoints import checkpointed, checkpointed_call
 
 SDXL = {
     "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "num_res_blocks": [2, 2, 2], "channel_mult": (1, 2, 4),
@@ -93,7 +93,7 @@ def peak(size: int, batch: int, blocks: bool, gradients: bool = True) -> int:
 
     with Live(network) as live, checkpointed(network) if blocks else contextlib.nullcontext(), torch.set_grad_enabled(gradients):
         x = x.clone().requires_grad_(gradients)
-        result = once_more(evaluate, x) if gradients else evaluate(x)
+        result = checkpointed_call(evaluate, x) if gradients else evaluate(x)
         if gradients:
             result.sum().backward()
     return live.peak

@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from lodestar.guiders.engine.run import Step
+from lodestar.guiders.engine.step import Step
 from lodestar.guiders.network.identity_attention import IdentityAttention
 from lodestar.guiders.shapers.apg import projected_update
 from lodestar.guiders.spaces import Layout
@@ -332,7 +332,7 @@ def report_example(file: Path) -> None:
     """What Guidance Report shows of a run of the demo model: the picture of its own help page."""
     import comfy.sample
 
-    from lodestar.guiders.engine.wrappers import attach
+    from lodestar.guiders.engine.attach import attach
     from lodestar.guiders.network.layers import resolve_layers
     from lodestar.guiders.shapers.apg import APG
     from lodestar.nodes.demo_model import LodestarDemoModel

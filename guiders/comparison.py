@@ -14,12 +14,12 @@ import latent_preview
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
+from .engine.attach import attach
+from .engine.keys import TIMER
+from .engine.log import last_log
 from .engine.plan import Policy, Rule, Shaper, plan_of
-from .engine.run import last_log
-from .engine.wrappers import attach
 
 NAME = "Compare Guidance"
-_TIMER = "lodestar_timer"  # key of the wrapper that takes the time
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Comparison:
         """KSampler's sampling, counted and timed, with its part of the common progress bar."""
         counted = attach(model)
         timer = _Timer()
-        counted.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, _TIMER, timer)
+        counted.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, TIMER, timer)
         samples = self._samples(counted)
         done = comfy.sample.sample(
             counted,

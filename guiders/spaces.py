@@ -1,18 +1,13 @@
-"""Spaces and reductions shared by the methods: percent of the schedule, noise parametrisations, per-sample sums."""
+"""The ground that all methods stand on: the path x = a x0 + s eps and its levels, denoised, noise and velocity, per-sample sums."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-
-def window(model_sampling: Any, start_percent: float, end_percent: float) -> tuple[float, float]:
-    """(sigma_start, sigma_end) of a share of the schedule. A rule covers sigma_end < sigma <= sigma_start."""
-    return float(model_sampling.percent_to_sigma(start_percent)), float(model_sampling.percent_to_sigma(end_percent))
 
 
 def is_flow(model_sampling: Any) -> bool:
@@ -20,6 +15,28 @@ def is_flow(model_sampling: Any) -> bool:
     from comfy.model_sampling import CONST
 
     return isinstance(model_sampling, CONST)
+
+
+class Level(NamedTuple):
+    """A point of the path: a share ``a`` of signal, ``s`` of noise. The host's sigma is ``s``."""
+
+    a: float | Tensor
+    s: float | Tensor
+
+
+def level_of(sigma: float | Tensor, flow: bool) -> Level:
+    """The level that the host calls ``sigma``: a = 1 - t, s = t on flow models, a = 1, s = sigma on all others (eps, v, EDM)."""
+    return Level(1 - sigma if flow else 1.0, sigma)
+
+
+def levels_of(sigmas: Sequence[float], flow: bool) -> list[Level]:
+    """A schedule as levels."""
+    return [level_of(sigma, flow) for sigma in sigmas]
+
+
+def level_at(rho: float, flow: bool) -> Level:
+    """The level with noise-to-signal ratio ``rho`` = s / a."""
+    return Level(1 / (1 + rho), rho / (1 + rho)) if flow else Level(1.0, rho)
 
 
 def reparametrise(x: Tensor, sigma: Tensor, from_flow: bool, to_flow: bool) -> tuple[Tensor, Tensor]:
@@ -30,19 +47,16 @@ def reparametrise(x: Tensor, sigma: Tensor, from_flow: bool, to_flow: bool) -> t
     if from_flow == to_flow:
         return x, sigma
     if to_flow:
-        level = sigma / (1 + sigma)
-        return x * _like(1 - level, x), level
-    level = sigma.clamp(max=1 - 1e-4)
-    return x / _like(1 - level, x), level / (1 - level)
+        t = sigma / (1 + sigma)
+        return x * level_of(_like(t, x), flow=True).a, t
+    t = sigma.clamp(max=1 - 1e-4)
+    return x / level_of(_like(t, x), flow=True).a, t / (1 - t)
 
 
 def to_noise(denoised: Tensor, x: Tensor, sigma: Tensor, flow: bool) -> Tensor:
-    """The noise eps in x = a x0 + s eps that belongs to a denoised prediction [B, ...] at x [B, ...], sigma [B]: (x - a D) / s.
-
-    a = 1, s = sigma for eps, v and EDM models as the host runs them; a = 1 - t, s = t for flow models.
-    """
-    s = _like(sigma, x)
-    return (x - (1 - s) * denoised) / s if flow else (x - denoised) / s
+    """The noise eps in x = a x0 + s eps that belongs to a denoised prediction [B, ...] at x [B, ...], sigma [B]: (x - a D) / s."""
+    a, s = level_of(_like(sigma, x), flow)
+    return (x - a * denoised) / s
 
 
 def to_velocity(denoised: Tensor, x: Tensor, sigma: Tensor, flow: bool) -> Tensor:
@@ -82,7 +96,7 @@ class Layout:
         return torch.cat(parts, dim=1).to(like.dtype).reshape(like.shape)
 
 
-def beside(x: Tensor, values: Sequence[int] | Sequence[bool]) -> Tensor:
+def on_device_of(x: Tensor, values: Sequence[int] | Sequence[bool]) -> Tensor:
     """A short list as a tensor on the device of x; a GPU is not waited for, as ``torch.tensor(values, device=...)`` would."""
     return torch.tensor(values).to(x.device, non_blocking=x.device.type == "cuda")
 

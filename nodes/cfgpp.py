@@ -7,9 +7,9 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..guiders.cfgpp.inversion import invert
-from ..guiders.cfgpp.sampler import INVERSION, LARGEST, SAMPLER, cfgpp_sampler
+from ..guiders.cfgpp.sampler import INVERSION, LARGEST_LAMBDA, SAMPLER, cfgpp_sampler
 from ..guiders.cfgpp.solvers import HISTORIES, SOLVERS
-from ..guiders.engine.telemetry import NODE
+from ..guiders.engine.keys import NODE
 from .schema import ATTACHED, graph_id
 
 CATEGORY = "lodestar/sampling"
@@ -17,7 +17,7 @@ CATEGORY = "lodestar/sampling"
 
 def lambda_input(tooltip: str) -> io.Float.Input:
     """The weight of CFG++."""
-    return io.Float.Input("lambda_", default=0.6, min=0.0, max=LARGEST, step=0.01, tooltip=tooltip)
+    return io.Float.Input("lambda_", default=0.6, min=0.0, max=LARGEST_LAMBDA, step=0.01, tooltip=tooltip)
 
 
 class LodestarCFGPP(io.ComfyNode):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..guiders.engine.wrappers import attach
+from ..guiders.engine.attach import attach
 
 MODELS, STRENGTHS = ("unet", "mmdit"), ("main", "weak")
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..guiders.engine.log import last_log
 from ..guiders.engine.plan import plan_of
-from ..guiders.engine.run import last_log
 from ..pictures.report import draw, table
 
 

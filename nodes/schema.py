@@ -6,8 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..guiders.engine.attach import attach
 from ..guiders.engine.plan import Rule
-from ..guiders.engine.wrappers import attach
 
 CATEGORY = "lodestar/guidance"
 HIDDEN = (io.Hidden.unique_id, io.Hidden.dynprompt)  # what a schema has to ask for so that ``graph_id`` knows the node

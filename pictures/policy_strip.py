@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from PIL import ImageDraw, ImageFont
 
-from ..guiders.engine.plan import Choice
+from ..guiders.engine.choice import Choice
 
 HEIGHT = 58  # with the room above
 _CELL, _ABOVE = 22, 30

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..guiders.engine.run import RunLog, Switch
+from ..guiders.engine.log import RunLog, Switch
 from . import policy_strip
 
 _WIDTH, _PANEL_HEIGHTS = 960, (300, 150)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lodestar.guiders.engine.schedule import window
 from lodestar.guiders.spaces import (
     Layout,
     cosine_per_sample,
@@ -14,7 +15,6 @@ from lodestar.guiders.spaces import (
     norm_per_sample,
     precise,
     reparametrise,
-    window,
 )
 
 SHAPES = [(2, 8), (2, 4, 6), (2, 4, 6, 5), (2, 4, 3, 6, 5)]

@@ -36,9 +36,9 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 import nodes
+from lodestar.guiders.engine.attach import attach
+from lodestar.guiders.engine.log import last_log
 from lodestar.guiders.engine.plan import Rule, plan_of
-from lodestar.guiders.engine.run import last_log
-from lodestar.guiders.engine.wrappers import attach
 from lodestar.guiders.network.identity_attention import IdentityAttention
 from lodestar.guiders.network.layers import resolve_layers
 from lodestar.guiders.shapers.apg import APG, projected_update

@@ -16,11 +16,11 @@ import torch
 from comfy.utils import model_trange
 from torch import Tensor
 
-from ..spaces import is_flow
+from ..spaces import Level, is_flow, levels_of
 from .sampler import INVERSION, Predictor, check_guider, check_lambda
-from .solvers import Level, cfgpp_step, levels_of
+from .solvers import cfgpp_step
 
-FURTHEST = 0.9999  # of a flow model's t: at 1 nothing is left of a latent in which the host could be handed the noise
+LARGEST_TIME = 0.9999  # of a flow model's t: at 1 nothing is left of a latent in which the host could be handed the noise
 
 
 def inversion_step(x: Tensor, guided: Tensor, uncond: Tensor, now: Level, then: Level) -> Tensor:
@@ -51,7 +51,7 @@ def invert(
     if len(sigmas) < 2 or not bool((sigmas[1:] < sigmas[:-1]).all()):
         raise ValueError(f"{INVERSION} takes sigmas that fall from noise to picture, as a scheduler makes them, not {sigmas.tolist()}.")
     if is_flow(model.get_model_object("model_sampling")):
-        sigmas = sigmas.clamp(max=FURTHEST)
+        sigmas = sigmas.clamp(max=LARGEST_TIME)
     samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(positive, negative)

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from ..engine.plan import Shaper, plan_of
 from ..engine.run import run_of
-from ..spaces import is_flow
-from .solvers import SOLVERS, Level, Walk, equivalent_cfg, levels_of
+from ..spaces import Level, is_flow, levels_of
+from .solvers import SOLVERS, Schedule, equivalent_cfg
 
 SAMPLER, INVERSION = "CFG++ Sampler", "CFG++ Inversion"
 CURVE = "equivalent cfg (CFG++)"
-LARGEST = 2.0
+LARGEST_LAMBDA = 2.0
 _POST = "sampler_post_cfg_function"
 
 
@@ -68,7 +68,7 @@ def sample_cfgpp(
 
     steps = model_trange(len(levels) - 1, disable=disable)
     noise = _noise(x, sigmas, extra_args.get("seed"), solver, getattr(model_sampling, "noise_scale", 1.0))
-    return solve(predict, x, Walk(sigmas, levels, steps, split, noise, history))
+    return solve(predict, x, Schedule(sigmas, levels, steps, split, noise, history))
 
 
 sample_cfgpp.reads_uncond = SAMPLER  # see samplers.py
@@ -151,8 +151,10 @@ def _record(guider: Any, weight: float) -> None:
 
 def check_lambda(node: str, lambda_: float) -> None:
     """Raise ValueError outside of [0, 2], warn above 1."""
-    if not 0 <= lambda_ <= LARGEST:
-        raise ValueError(f"{node}: lambda_ is {lambda_:g}; it lies between 0 and 1, or up to {LARGEST:g} for experiments (no cfg value).")
+    if not 0 <= lambda_ <= LARGEST_LAMBDA:
+        raise ValueError(
+            f"{node}: lambda_ is {lambda_:g}; it lies between 0 and 1, or up to {LARGEST_LAMBDA:g} for experiments (no cfg value)."
+        )
     if lambda_ > 1:
         logging.warning("%s: lambda_ %g is above 1, where CFG++ extrapolates like plain CFG and leaves the data again.", node, lambda_)
 

@@ -16,24 +16,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..spaces import Level, level_at
+
 Predict = Callable[[Tensor, Tensor, "int | None"], tuple[Tensor, Tensor]]
-
-
-class Level(NamedTuple):
-    """A point of the path: a share ``a`` of signal, ``s`` of noise. The host's sigma is ``s``."""
-
-    a: float
-    s: float
-
-
-def levels_of(sigmas: Sequence[float], flow: bool) -> list[Level]:
-    """The schedule as levels: a = 1 - t, s = t on flow models, a = 1, s = sigma on all others."""
-    return [Level(1 - sigma if flow else 1.0, sigma) for sigma in sigmas]
-
-
-def level_at(rho: float, flow: bool) -> Level:
-    """The level with noise-to-signal ratio ``rho`` = s / a."""
-    return Level(1 / (1 + rho), rho / (1 + rho)) if flow else Level(1.0, rho)
 
 
 def decay(now: Level, then: Level) -> float:
@@ -94,7 +79,7 @@ def reverse_sde(now: Level, then: Level, eta: float) -> tuple[float, float]:
 # --- solvers ---------------------------------------------------------------------------------------------------------
 
 
-class Walk(NamedTuple):
+class Schedule(NamedTuple):
     """What a solver goes along: the schedule as a tensor [n + 1] and as levels, the numbers of its steps, the noise that each may add."""
 
     sigmas: Tensor
@@ -105,64 +90,64 @@ class Walk(NamedTuple):
     history: str = "unconditional"
 
 
-def euler(predict: Predict, x: Tensor, walk: Walk) -> Tensor:
+def euler(predict: Predict, x: Tensor, schedule: Schedule) -> Tensor:
     """DDIM; Euler ancestral with noise."""
-    sigmas, levels = walk.sigmas, walk.levels
-    for i in walk.steps:
-        down, up = walk.split(levels[i], levels[i + 1])
+    sigmas, levels = schedule.sigmas, schedule.levels
+    for i in schedule.steps:
+        down, up = schedule.split(levels[i], levels[i + 1])
         guided, uncond = predict(x, sigmas[i], i)
         x = cfgpp_step(x, guided, uncond, levels[i], Level(levels[i + 1].a, down))
-        x = _noised(x, up, walk, i)
+        x = _noised(x, up, schedule, i)
     return x
 
 
-def dpmpp_2m(predict: Predict, x: Tensor, walk: Walk) -> Tensor:
+def dpmpp_2m(predict: Predict, x: Tensor, schedule: Schedule) -> Tensor:
     """DPM-Solver++(2M), and its SDE form with noise: the base step has D_u + h / (2 h_last) (D - D_u of the last step) in place of D_u.
 
     D is D_u, by the paper's rule; with history "guided" it is D_lambda, as in ComfyUI and the authors' SD1.5 file.
     """
-    sigmas, levels = walk.sigmas, walk.levels
+    sigmas, levels = schedule.sigmas, schedule.levels
     last, h_last = None, math.inf
-    for i in walk.steps:
-        down, up = walk.split(levels[i], levels[i + 1])
+    for i in schedule.steps:
+        down, up = schedule.split(levels[i], levels[i + 1])
         h = step_size(levels[i], levels[i + 1])
         guided, uncond = predict(x, sigmas[i], i)
         curve = 0.0
         if last is not None and levels[i + 1].s > 0:
-            curve = h / (2 * h_last) * ((guided if walk.history == "guided" else uncond) - last)
+            curve = h / (2 * h_last) * ((guided if schedule.history == "guided" else uncond) - last)
         x = cfgpp_step(x, guided + curve, uncond + curve, levels[i], Level(levels[i + 1].a, down))
-        x = _noised(x, up, walk, i)
+        x = _noised(x, up, schedule, i)
         last, h_last = uncond, h
     return x
 
 
-def dpmpp_2s(predict: Predict, x: Tensor, walk: Walk) -> Tensor:
+def dpmpp_2s(predict: Predict, x: Tensor, schedule: Schedule) -> Tensor:
     """DPM-Solver++(2S): D_u leads to the middle of the step in log(a / s), and the predictions there make the step.
 
     From pure noise there is no such middle (h is infinite): that step, and one that ends without noise, is Euler's.
     """
-    sigmas, levels = walk.sigmas, walk.levels
+    sigmas, levels = schedule.sigmas, schedule.levels
     flow = levels[0].a < 1
-    for i in walk.steps:
+    for i in schedule.steps:
         now, then = levels[i], levels[i + 1]
-        down, up = walk.split(now, then)
+        down, up = schedule.split(now, then)
         guided, uncond = predict(x, sigmas[i], i)
         if now.a > 0 and down > 0:
             middle = level_at(math.sqrt(now.s / now.a * down / then.a), flow)
             guided, uncond = predict(ddim(x, uncond, now, middle), sigmas.new_tensor(middle.s), None)
         x = cfgpp_step(x, guided, uncond, now, Level(then.a, down))
-        x = _noised(x, up, walk, i)
+        x = _noised(x, up, schedule, i)
     return x
 
 
-def _noised(x: Tensor, up: float, walk: Walk, i: int) -> Tensor:
-    return x + up * walk.noise(walk.sigmas[i], walk.sigmas[i + 1]) if up > 0 else x
+def _noised(x: Tensor, up: float, schedule: Schedule, i: int) -> Tensor:
+    return x + up * schedule.noise(schedule.sigmas[i], schedule.sigmas[i + 1]) if up > 0 else x
 
 
 class Solver(NamedTuple):
     """A solver and how it divides the noise of the next level."""
 
-    run: Callable[[Predict, Tensor, Walk], Tensor]
+    run: Callable[[Predict, Tensor, Schedule], Tensor]
     split: Callable[[Level, Level, float], tuple[float, float]]
 
 

@@ -24,13 +24,13 @@ class Branch:
     model: Any = None
 
 
-def lane(conds: Sequence[dict[str, Any]], branch: Branch) -> list[dict[str, Any]]:
+def branch_conds(conds: Sequence[dict[str, Any]], branch: Branch) -> list[dict[str, Any]]:
     """The cond list of a branch. Each entry gets a uuid of its own, because caches (EasyCache, TeaCache) are keyed by it."""
-    return [{**cond, "uuid": lane_uuid(cond["uuid"], branch)} for cond in conds]
+    return [{**cond, "uuid": branch_uuid(cond["uuid"], branch)} for cond in conds]
 
 
-def lane_uuid(own: uuid.UUID, branch: Branch) -> uuid.UUID:
-    """The uuid of a cond in the lane of a branch."""
+def branch_uuid(own: uuid.UUID, branch: Branch) -> uuid.UUID:
+    """The uuid of a cond in the list of a branch."""
     return uuid.uuid5(own, f"lodestar {hash(branch)}")
 
 
@@ -57,13 +57,13 @@ class ControlView:
 
 
 def with_control_views(
-    lanes: Sequence[list[dict[str, Any]] | None], host_labels: Callable[[Sequence[int]], list[int]]
+    lists: Sequence[list[dict[str, Any]] | None], host_labels: Callable[[Sequence[int]], list[int]]
 ) -> list[list[dict[str, Any]] | None]:
-    """The same lanes with every ControlNet behind a ControlView (one view per ControlNet, so that the host still fuses them)."""
+    """The same lists of conds with every ControlNet behind a ControlView (one view per ControlNet, so that the host still fuses them)."""
     views: dict[int, ControlView] = {}
 
     def view(cond: dict[str, Any]) -> dict[str, Any]:
         control = cond.get("control")
         return cond if control is None else {**cond, "control": views.setdefault(id(control), ControlView(control, host_labels))}
 
-    return [None if conds is None else [view(cond) for cond in conds] for conds in lanes]
+    return [None if conds is None else [view(cond) for cond in conds] for conds in lists]

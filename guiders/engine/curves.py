@@ -8,19 +8,22 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+CFG_UPDATE = "CFG update"  # labels
+COSINE = "cosine of cond and uncond"
+
 Point = tuple[str, int]  # label and step
 
 
 @dataclass(frozen=True)
-class Flight:
-    """Values on their way from a device."""
+class PendingCopy:
+    """A copy of values from a device, which goes on in the background."""
 
     points: Sequence[Point]
     values: Tensor
-    arrived: torch.cuda.Event | None  # None: they are there
+    done: torch.cuda.Event | None  # None: it is done
 
     @classmethod
-    def begin(cls, points: Sequence[Point], values: Sequence[Tensor]) -> Flight:
+    def begin(cls, points: Sequence[Point], values: Sequence[Tensor]) -> PendingCopy:
         """Only CUDA copies in the background; other devices are waited for."""
         stacked = torch.stack(list(values))
         if not stacked.is_cuda:
@@ -35,39 +38,39 @@ class Curves:
 
     values: dict[str, dict[int, float]] = field(default_factory=dict)
     _waiting: dict[Point, Tensor] = field(default_factory=dict)
-    _flights: list[Flight] = field(default_factory=list)
+    _pending: list[PendingCopy] = field(default_factory=list)
 
     def record(self, label: str, step: int, value: Tensor) -> None:
         """Keep a number []; it stays on its device."""
         self.values.setdefault(label, {})
         self._waiting[label, step] = value
 
-    def glance(self) -> None:
+    def collect_ready(self) -> None:
         """Read what a device has handed over, and ask it for the rest, without waiting for it."""
-        self._land(wait=False)
-        if not self._flights:
+        self._collect(wait=False)
+        if not self._pending:
             self._start()
-            self._land(wait=False)
+            self._collect(wait=False)
 
     def read(self) -> None:
         """Read everything."""
-        self._land(wait=True)
+        self._collect(wait=True)
         self._start()
-        self._land(wait=True)
+        self._collect(wait=True)
 
     def _start(self) -> None:
         for device in {value.device for value in self._waiting.values()}:
             points = [point for point, value in self._waiting.items() if value.device == device]
-            self._flights.append(Flight.begin(points, [self._waiting[point] for point in points]))
+            self._pending.append(PendingCopy.begin(points, [self._waiting[point] for point in points]))
         self._waiting.clear()
 
-    def _land(self, wait: bool) -> None:
-        flights, self._flights = self._flights, []
-        for flight in flights:
-            if flight.arrived is not None and not flight.arrived.query():
+    def _collect(self, wait: bool) -> None:
+        pending, self._pending = self._pending, []
+        for copy in pending:
+            if copy.done is not None and not copy.done.query():
                 if not wait:
-                    self._flights.append(flight)
+                    self._pending.append(copy)
                     continue
-                flight.arrived.synchronize()
-            for (label, step), value in zip(flight.points, flight.values.tolist(), strict=True):
+                copy.done.synchronize()
+            for (label, step), value in zip(copy.points, copy.values.tolist(), strict=True):
                 self.values[label][step] = value

@@ -1,9 +1,12 @@
-"""What a rule has to know about the host's samplers."""
+"""Facts about the host: its samplers, guiders and slots, in one spelling."""
 
 from __future__ import annotations
 
 from functools import partial
 from typing import Any
+
+CFG_SLOT = "sampler_cfg_function"  # in model_options: the one function that replaces the host's combination
+POST_CFG = "sampler_post_cfg_function"
 
 
 def reads_uncond(sampler: Any) -> str | None:
@@ -17,3 +20,11 @@ def reads_uncond(sampler: Any) -> str | None:
     name = getattr(function, "__name__", type(function).__name__)
     known = name.removeprefix("sample_") if "cfg_pp" in name or "cfgpp" in name.lower() else None
     return getattr(function, "reads_uncond", known)
+
+
+def refuse_foreign_cfg(name: str, options: dict[str, Any]) -> None:
+    """Raise ValueError where another pack has claimed the CFG slot of these model options, which rule ``name`` needs."""
+    function = options.get(CFG_SLOT)
+    if function is not None:
+        owner = getattr(function, "__qualname__", type(function).__name__).split(".")[0]
+        raise ValueError(f"{name} and {owner} both replace the CFG combination; bypass one of the two nodes.")

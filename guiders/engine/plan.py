@@ -2,7 +2,7 @@
 
 With D_c, D_u the conditional and unconditional denoised predictions and w the sampler's cfg, the engine computes
 
-    D = D_c + shape((w - 1) (D_c - D_u)) + sum_k s_k (D_c - D_k)
+    D = D_c + (w - 1) shape(D_c - D_u) + sum_k s_k (D_c - D_k)
 
 where *shapers* make up ``shape``, *terms* the sum, and *policies* decide at each step and for each row of the batch what is evaluated.
 """
@@ -12,16 +12,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor
 
-    from .branches import Branch
-    from .run import RunLog, Step
-
-PLAN = "lodestar_plan"
-CFG_UPDATE = "CFG update"  # a curve's label
+from .branches import Branch
+from .choice import Choice
+from .curves import CFG_UPDATE
+from .keys import PLAN
+from .log import RunLog
+from .step import Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +55,8 @@ class Shaper(Rule):
         """Raise ValueError before sampling starts if the rule cannot work on latents of this shape."""
 
     @abstractmethod
-    def shape(self, update: Tensor, denoised: Tensor, step: Step) -> Tensor:
-        """Return the new update for ``update`` = D_c - D_u (before the factor w - 1) and ``denoised`` = D_c, both [B, ...].
+    def shape(self, update: Tensor, cond: Tensor, w: float, step: Step) -> Tensor:
+        """Return the new update for ``update`` = D_c - D_u and ``cond`` = D_c, both [B, ...]. The engine multiplies it by w - 1.
 
         An update that stays as it is has to be ``update`` itself: that keeps every bit of CFG.
         """
@@ -68,47 +68,6 @@ class Term(Rule):
     @abstractmethod
     def add(self, denoised: Tensor, cond: Tensor, others: Mapping[Branch, Tensor], step: Step) -> Tensor:
         """Return the guided ``denoised`` given D_c = ``cond`` and the D_k in ``others``, all [B, ...]."""
-
-
-Rows = bool | tuple[bool, ...]  # all rows of the batch, none, or one bool per row
-
-
-def common(a: Rows, b: Rows) -> Rows:
-    """The rows that are in both."""
-    if isinstance(a, bool):
-        return b if a else False
-    if isinstance(b, bool):
-        return a if b else False
-    rows = tuple(p and q for p, q in zip(a, b, strict=True))
-    return rows if any(rows) else False
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What one evaluation computes.
-
-    weight: the CFG weight in place of the sampler's; 1 is D_c alone, 0 is D_u alone, and neither costs the other's evaluation.
-    uncond: the rows that are guided; the others are D_c and cost no evaluation of D_u.
-    predicted: whether D_u is not evaluated for any row, but made by ``Policy.predict``.
-    terms: the rows to which terms are added; the branches of the others are not evaluated.
-    """
-
-    weight: float | None = None
-    uncond: Rows = True
-    predicted: bool = False
-    terms: Rows = True
-
-    def __and__(self, other: Choice) -> Choice:
-        """What is left where both are to hold: every rule may take evaluations away."""
-        weights = [weight for weight in (self.weight, other.weight) if weight is not None]
-        weight = 1.0 if 1 in weights else next(iter(weights), None)
-        predicted = self.predicted or other.predicted
-        return Choice(weight, common(self.uncond, other.uncond), predicted, common(self.terms, other.terms))
-
-    @property
-    def evaluated(self) -> Rows:
-        """The rows whose D_u the model computes."""
-        return False if self.predicted else self.uncond
 
 
 class Policy(Rule):
@@ -142,19 +101,27 @@ class Policy(Rule):
         """Write into the log what users should see, at the end of a run or while it goes on; without a wait for the device."""
 
 
+class Entry(NamedTuple):
+    """A rule, and the node of the graph that it comes from, if known, to show there what the rule does."""
+
+    rule: Rule
+    node: str | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class GuidancePlan:
-    """Rules in graph order. Compared by identity, so that a log can be found by the plan that a model carries.
+    """Rules in graph order. Compared by identity, so that a log can be found by the plan that a model carries."""
 
-    nodes: for every rule the node of the graph that it comes from, if known, to show there what the rule does.
-    """
+    entries: tuple[Entry, ...] = ()
 
-    rules: tuple[Rule, ...] = ()
-    nodes: tuple[str | None, ...] = ()
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules alone."""
+        return tuple(entry.rule for entry in self.entries)
 
     def plus(self, rule: Rule, node: str | None = None) -> GuidancePlan:
         """The plan with one rule more."""
-        return GuidancePlan((*self.rules, rule), (*self.nodes, node))
+        return GuidancePlan((*self.entries, Entry(rule, node)))
 
     def active(self, kind: type[Rule]) -> list[tuple[int, Any]]:
         """The non-neutral rules of one kind with their position in the plan."""

@@ -15,21 +15,20 @@ import comfy.conds
 import torch
 from torch import Tensor
 
-from ..spaces import beside
-from .plan import Rows
-from .run import KEY, NARROWED, OPTIONS_PLACE, RUN, Run
-
-_LABELS = "lodestar_labels"  # the lanes of the batch, where cond_or_uncond says what they would be without us
+from ..spaces import on_device_of
+from .choice import Rows
+from .keys import LABELS, LODESTAR, NARROWED, RUN, options_of, with_options
+from .run import Run
 
 
 def outermost(wrappers: dict[str, list], ours: list) -> dict[str, list]:
     """Wrappers of one kind with ours around the others: lanes are still the guider's there, and the others see no row that is left out."""
-    return {KEY: ours} | {key: others for key, others in wrappers.items() if key != KEY}
+    return {LODESTAR: ours} | {key: others for key, others in wrappers.items() if key != LODESTAR}
 
 
 def apply_model(executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """APPLY_MODEL wrapper: leaves out rows, counts, applies variants to the rows of their branches."""
-    options = kwargs["transformer_options"] if "transformer_options" in kwargs else args[OPTIONS_PLACE]
+    options = options_of(args, kwargs)
     run = options.get(RUN)
     if run is None:  # called outside of a sampling run
         return executor(x, t, *args, **kwargs)
@@ -38,9 +37,8 @@ def apply_model(executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) 
         branches = [run.branch_of(label) for label in _labels(options)]
         for variant in dict.fromkeys(branch.variant for branch in branches if branch is not None):
             options = variant.patch(options, [branch is not None and branch.variant == variant for branch in branches])
-        if "transformer_options" in kwargs:
-            return executor(x, t, *args, **kwargs | {"transformer_options": options})
-        return executor(x, t, *args[:OPTIONS_PLACE], options, *args[OPTIONS_PLACE + 1 :], **kwargs)
+        args, kwargs = with_options(options, args, kwargs)
+        return executor(x, t, *args, **kwargs)
 
     chunks = len(_labels(options))
     groups = _groups([run.rows_of(label) for label in _labels(options)], len(x) / chunks)
@@ -53,7 +51,7 @@ def apply_model(executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) 
         batch = len(x) // chunks
         places = [batch * member + row for member in members for row in rows]
         run.count(len(places), len(places) / batch)
-        take = _Selection(len(x), beside(x, places))
+        take = _Selection(len(x), on_device_of(x, places))
         named = {name: value if name in constant else take(value) for name, value in kwargs.items()}
         part = call(take(x), take(t), _narrowed(options, members, rows, batch), tuple(take(arg) for arg in args), named)
         out = part.new_zeros(len(x), *part.shape[1:]) if out is None else out
@@ -62,7 +60,7 @@ def apply_model(executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) 
 
 
 def _labels(options: dict[str, Any]) -> list[int]:
-    return options.get(_LABELS, options["cond_or_uncond"])
+    return options.get(LABELS, options["cond_or_uncond"])
 
 
 def _groups(needed: list[Rows], batch: float) -> list[tuple[list[int], list[int]]] | None:
@@ -107,14 +105,14 @@ def _constants(run: Run) -> set[str]:
 
 def _narrowed(options: dict[str, Any], members: list[int], rows: list[int], batch: int) -> dict[str, Any]:
     """transformer_options of some chunks and rows. Caches are keyed by uuid and hold whole chunks, so that fewer rows get another one."""
-    narrow = options | {name: [options[name][i] for i in members] for name in ("cond_or_uncond", _LABELS) if name in options}
+    narrow = options | {name: [options[name][i] for i in members] for name in ("cond_or_uncond", LABELS) if name in options}
     if "uuids" in options:
         tag = f"lodestar rows {rows}"
         uuids = [options["uuids"][i] for i in members]
         narrow[NARROWED] = (None if len(rows) == batch else rows), uuids
         narrow["uuids"] = uuids if len(rows) == batch else [uuid.uuid5(name, tag) for name in uuids]
     if isinstance(options.get("sigmas"), Tensor) and len(options["sigmas"]) == batch:
-        narrow["sigmas"] = options["sigmas"][beside(options["sigmas"], rows)]
+        narrow["sigmas"] = options["sigmas"][on_device_of(options["sigmas"], rows)]
     return narrow
 
 
@@ -122,7 +120,7 @@ def with_host_labels(run: Run, function: Callable, apply: Callable, arguments: d
     """The host's slot around apply_model: from here inwards nobody sees the labels of extra branches."""
     lanes = arguments["cond_or_uncond"]
     labels = run.host_labels(lanes)
-    options = arguments["c"]["transformer_options"] | {_LABELS: lanes, "cond_or_uncond": labels}
+    options = arguments["c"]["transformer_options"] | {LABELS: lanes, "cond_or_uncond": labels}
     return function(apply, arguments | {"cond_or_uncond": labels, "c": arguments["c"] | {"transformer_options": options}})
 
 
@@ -137,5 +135,5 @@ def replace_rows(prediction: Tensor, rows: Rows, others: Tensor) -> Tensor:
         return prediction
     if rows is False:
         return others.clone()
-    mask = beside(prediction, rows).reshape(-1, *[1] * (prediction.ndim - 1))
+    mask = on_device_of(prediction, rows).reshape(-1, *[1] * (prediction.ndim - 1))
     return torch.where(mask, prediction, others)

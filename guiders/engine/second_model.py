@@ -11,9 +11,11 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..spaces import is_flow, reparametrise
-from .plan import PLAN, GuidancePlan, Rows
+from .choice import Rows
+from .keys import PLAN, RUN
+from .plan import GuidancePlan
 from .rows import apply_model, outermost
-from .run import RUN, Run
+from .run import Run
 
 
 class Weak:

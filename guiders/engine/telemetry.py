@@ -9,17 +9,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-from .plan import CFG_UPDATE, GuidancePlan, Rule
-from .run import Run, RunLog, joined
-
-if TYPE_CHECKING:
-    from ..frecas.stages import Stage
+from .curves import CFG_UPDATE
+from .keys import NODE, TELEMETRY
+from .log import RunLog, joined
+from .plan import GuidancePlan, Rule
+from .run import Run
 
 Message = dict[str, Any]  # goes out as JSON
-TELEMETRY = "lodestar_telemetry"  # in a model's transformer_options: that of the cascade whose stage the model samples
-NODE = "lodestar_node"  # attribute of a SAMPLER that guides: the node of the graph that it comes from
 PERIOD = 0.25  # seconds between two messages
 
 
@@ -31,6 +29,19 @@ class Listener(Protocol):
 
     def tell(self, message: Message) -> None:
         """Pass a message on; each one replaces all earlier ones of its sampler."""
+
+
+class Stage(Protocol):
+    """A stage of a cascade: the size of its pictures in pixels, and its steps."""
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def height(self) -> int: ...
+
+    @property
+    def steps(self) -> int: ...
 
 
 def _nobody() -> Listener | None:
@@ -71,23 +82,23 @@ class Telemetry:
         self.listener, self.node, self.stages = listener, node, stages
         self.past: list[RunLog] = []
         self.due = 0.0
-        self.told = False
+        self.sent = False
 
     def step(self, run: Run) -> None:
         """After an evaluation: a message, unless the last one is too young or nobody is there."""
         now = time.monotonic()
         if now >= self.due and self.listener.present():
             self.due = now + PERIOD
-            self._tell(run, run.log_so_far())
+            self._send(run, run.log_so_far())
 
     def finish(self, run: Run) -> None:
         """The last message of a run, also to somebody who has left since the one before: a page that is loaded again."""
-        if self.told or self.listener.present():
-            self._tell(run, run.log, over=True)
+        if self.sent or self.listener.present():
+            self._send(run, run.log, over=True)
         self.past.append(run.log)
 
-    def _tell(self, run: Run, log: RunLog, over: bool = False) -> None:
-        self.told = True
+    def _send(self, run: Run, log: RunLog, over: bool = False) -> None:
+        self.sent = True
         before = sum(past.steps for past in self.past)
         whole = joined([*self.past, log])
         message = {
@@ -120,12 +131,9 @@ class Telemetry:
 
 
 def _shown(plan: GuidancePlan) -> list[tuple[int, Rule, str]]:
-    """The rules that do something and come from a node, with their place in the plan."""
-    return [
-        (index, rule, node)
-        for index, (rule, node) in enumerate(zip(plan.rules, plan.nodes, strict=False))
-        if node is not None and not rule.neutral
-    ]
+    """The rules that do something and come from a node, with their index in the plan."""
+    shown = [(index, entry) for index, entry in enumerate(plan.entries) if entry.node is not None and not entry.rule.neutral]
+    return [(index, entry.rule, entry.node) for index, entry in shown]
 
 
 def _points(curve: Mapping[int, float]) -> list[tuple[int, float | None]]:

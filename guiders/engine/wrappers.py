@@ -1,4 +1,4 @@
-"""The host wrappers that run a plan. Installed once per MODEL, whatever the number of rules.
+"""The host wrappers that run a plan. ``attach`` installs them once per MODEL, whatever the number of rules.
 
 A sampling call goes through them from the outside in:
 
@@ -23,59 +23,17 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from . import telemetry
-from .branches import lane, with_control_views
-from .plan import PLAN, Choice, GuidancePlan, Policy, Rule, Shaper, Term, plan_of
+from .branches import branch_conds, with_control_views
+from .choice import Choice
+from .host import CFG_SLOT, POST_CFG, refuse_foreign_cfg
+from .keys import LODESTAR, RUN
+from .plan import plan_of
 from .rows import apply_model, call_model, outermost, replace_rows, with_host_labels
-from .run import KEY, RUN, Run, run_of
+from .run import Run, run_of
 from .second_model import Weak
 
-_SLOT = "sampler_cfg_function"
-_POST = "sampler_post_cfg_function"
 _CFGS = ("cfg", "cfg1", "cfg2")  # the weights of the host's own guiders
 _DUAL_CFG = "Guider_DualCFG"  # has a combination of its own, but made of the host's CFG function
-
-
-def attach(model: Any, rule: Rule | None = None, node: str | None = None) -> Any:
-    """Clone a MODEL and add a rule to its plan, with the node of the graph that it comes from; without a rule, runs are only counted.
-
-    Raises ValueError when the rule shapes the CFG update and another pack has already claimed that, or when it decides what another
-    rule of the plan decides.
-    """
-    if rule is not None and isinstance(rule, Shaper) and not rule.neutral:
-        _refuse_foreign_cfg(rule, model.model_options)
-    clone = model.clone()
-    plan = plan_of(clone.model_options)
-    if plan is None:
-        plan = GuidancePlan()
-        for kind, wrapper in _WRAPPERS.items():
-            clone.add_wrapper_with_key(kind, KEY, wrapper)
-    if rule is not None:
-        _refuse_second(rule, plan)
-        if isinstance(rule, Term):  # our place among other packs' post-CFG functions is the place of the node in the graph
-            clone.set_model_sampler_post_cfg_function(partial(_post_cfg_term, len(plan.rules)))
-        plan = plan.plus(rule, node)
-        weak = [branch.model for branch in rule.branches if branch.model is not None]
-        if weak and not rule.neutral:
-            clone.set_additional_models(KEY, [*clone.get_additional_models_with_key(KEY), *weak])
-    clone.model_options["transformer_options"][PLAN] = plan
-    return clone
-
-
-def detach(model: Any) -> Any:
-    """Clone a MODEL without its plan."""
-    clone = model.clone()
-    for kind in _WRAPPERS:
-        clone.remove_wrappers_with_key(kind, KEY)
-    clone.model_options["transformer_options"].pop(PLAN, None)
-    return clone
-
-
-def _refuse_second(rule: Rule, plan: GuidancePlan) -> None:
-    if not isinstance(rule, Policy) or not rule.claims or rule.neutral:
-        return
-    for _, other in plan.active(Policy):
-        if other.claims == rule.claims:
-            raise ValueError(f"{other.name} and {rule.name} both decide {rule.claims}; bypass one of the two nodes.")
 
 
 def _outer_sample(executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -86,26 +44,26 @@ def _outer_sample(executor: Any, noise: Tensor, latent_image: Tensor, sampler: A
     _check_guider(run)
     for _, policy in run.policies:
         policy.check(guider, sampler, sigmas)
-    run.telemetry = telemetry.of_run(run, sampler)
+    run.watcher = telemetry.of_run(run, sampler)
     options["transformer_options"][RUN] = run
     for _, rule in run.shapers:
         rule.check(noise.shape)
     if run.shapers:
-        _refuse_foreign_cfg(run.shapers[0][1], options)
-        options[_SLOT] = partial(_shape_cfg, run)
-        options[_POST] = [partial(_exact_cfg, run), *options.get(_POST, [])]
+        refuse_foreign_cfg(run.shapers[0][1].name, options)
+        options[CFG_SLOT] = partial(_shape_cfg, run)
+        options[POST_CFG] = [partial(_exact_cfg, run), *options.get(POST_CFG, [])]
     if options.get("context_handler") is not None:
         options["context_handler"] = _WindowedBranches(options["context_handler"], run)
     options["model_function_wrapper"] = partial(with_host_labels, run, options.get("model_function_wrapper", call_model))
     wrappers = options["transformer_options"]["wrappers"]
     for kind in (WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL):
-        wrappers[kind] = outermost(wrappers[kind], wrappers[kind][KEY])
+        wrappers[kind] = outermost(wrappers[kind], wrappers[kind][LODESTAR])
     try:
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     finally:
         run.finish()
-        if run.telemetry is not None:
-            run.telemetry.finish(run)
+        if run.watcher is not None:
+            run.watcher.finish(run)
 
 
 def _check_guider(run: Run) -> None:
@@ -122,13 +80,6 @@ def _check_guider(run: Run) -> None:
 def _standard(guider: Any) -> bool:
     """Whether the guider combines predictions with the host's own sampling function."""
     return type(guider).predict_noise is comfy.samplers.CFGGuider.predict_noise
-
-
-def _refuse_foreign_cfg(rule: Rule, options: dict[str, Any]) -> None:
-    function = options.get(_SLOT)
-    if function is not None:
-        owner = getattr(function, "__qualname__", type(function).__name__).split(".")[0]
-        raise ValueError(f"{rule.name} and {owner} both replace the CFG combination; bypass one of the two nodes.")
 
 
 # --- the weak models -------------------------------------------------------------------------------------------------
@@ -168,8 +119,8 @@ def _predict_noise(executor: Any, x: Tensor, timestep: Tensor, *args: Any, **kwa
     if not _standard(guider) and run.cond is not None:
         for index, _ in run.terms:
             denoised = _add_term(run, index, denoised)
-    if run.telemetry is not None:
-        run.telemetry.step(run)
+    if run.watcher is not None:
+        run.watcher.step(run)
     return denoised
 
 
@@ -206,13 +157,13 @@ def _evaluate(run: Run, calc: Callable, conds: list, x: Tensor, timestep: Tensor
     alone = bool(rest) and run.choice == Choice(weight=0) and not run.wanted  # D_u alone
     left_out = [place] if alone else [] if run.choice.evaluated else rest
     if run.stopped and not rest:
-        run.spare(len(run.guider.conds) - 1, False)
-    run.spare(1 if alone else len(rest), not alone and run.choice.evaluated)
+        run.count_saved(len(run.guider.conds) - 1, False)
+    run.count_saved(1 if alone else len(rest), not alone and run.choice.evaluated)
     lanes = [None if i in left_out else lane_ for i, lane_ in enumerate(lanes)]
     own = [branch for branch in run.wanted if branch.model is None]
     needed = [run.choice.terms] * len(own) + [i == place or run.choice.evaluated for i in range(len(lanes))]
     if own:
-        lanes = with_control_views([*(lane(positive, branch) for branch in own), *lanes], run.host_labels)
+        lanes = with_control_views([*(branch_conds(positive, branch) for branch in own), *lanes], run.host_labels)
     run.cond = x  # from here on nested and further calls of this evaluation pass through
     with run.in_front(own, place), run.only(*needed):
         out = calc(lanes, x, timestep, options)
@@ -237,7 +188,7 @@ def _complete(run: Run, out: list[Tensor], place: int | None, rest: list[int], x
     run.record_predictions(cond, uncond)
     predictors = [index for index in run.choices if run.choices[index].predicted]
     for index, policy in run.policies:
-        run.revise(index, policy.observe(cond, uncond, x, timestep, run.step(index)))
+        run.narrow(index, policy.observe(cond, uncond, x, timestep, run.step(index)))
     for i in rest:
         for index in predictors:
             out[i] = run.plan.rules[index].predict(run.cond, x, timestep, run.step(index))
@@ -259,12 +210,12 @@ def _without_weightless(run: Run, conds: list, options: dict[str, Any]) -> list:
 def _shape_cfg(run: Run, args: dict[str, Any]) -> Tensor:
     """The host's CFG slot: D_c + (w - 1) shape(D_c - D_u), returned as the residual x - D that the slot asks for."""
     cond, uncond, w = args["cond_denoised"], args["uncond_denoised"], args["cond_scale"]
-    denoised, run.cfg = cond, w
+    denoised = cond
     if args.get("input_uncond") is not None and w != 1 and run.choice.uncond:
         update = plain = cond - uncond
         shapers = [(index, shaper) for index, shaper in run.shapers if run.covers(index) and run.choice.weight != 0]
         for index, shaper in shapers:
-            update = shaper.shape(update, cond, run.step(index))
+            update = shaper.shape(update, cond, w, run.step(index))
             run.record_update(index, cond, cond + (w - 1) * update)
         guided = uncond + update * w if update is plain else cond + (w - 1) * update
         denoised = replace_rows(guided, run.choice.uncond, cond)
@@ -277,7 +228,8 @@ def _exact_cfg(run: Run, args: dict[str, Any]) -> Tensor:
     return args["denoised"] if run.shaped is None else run.shaped
 
 
-def _post_cfg_term(index: int, args: dict[str, Any]) -> Tensor:
+def post_cfg_term(index: int, args: dict[str, Any]) -> Tensor:
+    """Post-CFG function: add the term that is rule number ``index`` of the plan."""
     run = run_of(args["model_options"])
     if run is None or not _standard(run.guider):
         return args["denoised"]
@@ -295,7 +247,7 @@ def _add_term(run: Run, index: int, denoised: Tensor) -> Tensor:
     return guided
 
 
-_WRAPPERS = {
+WRAPPERS = {
     WrappersMP.OUTER_SAMPLE: _outer_sample,
     WrappersMP.SAMPLER_SAMPLE: _sampler_sample,
     WrappersMP.PREDICT_NOISE: _predict_noise,

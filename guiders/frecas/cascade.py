@@ -17,10 +17,11 @@ import latent_preview
 import torch
 from torch import Tensor
 
+from ..engine.attach import attach
+from ..engine.keys import TELEMETRY
+from ..engine.log import joined, last_log, publish
 from ..engine.plan import plan_of
-from ..engine.run import last_log, publish
-from ..engine.telemetry import TELEMETRY, of_cascade
-from ..engine.wrappers import attach
+from ..engine.telemetry import of_cascade
 from ..shapers.frequency import FrequencyGuidance
 from .levels import shift_level, stage_sigmas
 from .maps import Maps, with_maps
@@ -91,7 +92,7 @@ class Cascade:
                 stage_maps.clear()
         plan = plan_of(self.model.model_options)
         if plan is not None:
-            publish(plan, logs)
+            publish(plan, joined(logs))
         return [{"samples": result} for result in results]
 
     def _start(

@@ -25,14 +25,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from ..engine.branches import lane_uuid
+from ..engine.branches import branch_uuid
+from ..engine.keys import MAPS, NARROWED, RUN, options_of, with_options
 from ..engine.plan import plan_of
-from ..engine.run import NARROWED, OPTIONS_PLACE, RUN
 from ..network.identity_attention import Call, chunks_left, ordinary_attention
 from ..network.layers import cross_attention_blocks, joint_patch_size
-from ..spaces import beside
+from ..spaces import on_device_of
 
-KEY = "lodestar maps"
 _LOGITS = 2**27  # computed at once
 
 
@@ -132,8 +131,8 @@ def with_maps(model: Any, weight: float, use: Maps | None, collect: Maps | None,
 
     reuse = _Reuse(use, collect, partial(_in_unet, blocks, weight) if blocks else partial(_in_joint, patch, weight, area))
     clone = model.clone()
-    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, reuse.outer_sample)
-    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, reuse.apply_model)
+    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, MAPS, reuse.outer_sample)
+    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, MAPS, reuse.apply_model)
     return clone
 
 
@@ -155,7 +154,7 @@ class _Reuse:
         for name, conds in guider.original_conds.items():
             for place, cond in enumerate(conds):
                 self.own.add(cond["uuid"])
-                for entry in (cond["uuid"], *(lane_uuid(cond["uuid"], branch) for branch in branches)):
+                for entry in (cond["uuid"], *(branch_uuid(cond["uuid"], branch) for branch in branches)):
                     self.keys[entry] = name, place
         try:
             return executor(*args, **kwargs)
@@ -165,7 +164,7 @@ class _Reuse:
 
     def apply_model(self, executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """One forward pass, with attention replaced where maps are mixed or collected."""
-        options = kwargs["transformer_options"] if "transformer_options" in kwargs else args[OPTIONS_PLACE]
+        options = options_of(args, kwargs)
         run = options.get(RUN)
         last = run is not None and run.first and run.index == len(run.sigmas) - 2
         if run is None or (self.use is None and not last):
@@ -174,9 +173,8 @@ class _Reuse:
         keys = [(label, self.keys.get(entry)) for label, entry in zip(options["cond_or_uncond"], entries, strict=True)]
         wanted = [last and self.collect is not None and entry in self.own and rows is None for entry in entries]
         options = self.patch(options, Chunks(self.use, self.collect, keys, wanted, rows), x)
-        if "transformer_options" in kwargs:
-            return executor(x, t, *args, **kwargs | {"transformer_options": options})
-        return executor(x, t, *args[:OPTIONS_PLACE], options, *args[OPTIONS_PLACE + 1 :], **kwargs)
+        args, kwargs = with_options(options, args, kwargs)
+        return executor(x, t, *args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -206,7 +204,7 @@ class Chunks:
     def maps(self, size: tuple[int, int], tokens: int, like: Tensor) -> list[Tensor | None]:
         """The map [B/chunks, h*w, T] of each chunk, of the dtype and on the device of ``like``."""
         maps = [self.use and self.use.at(key, size, tokens, like) for key in self.keys]
-        return maps if self.rows is None else [grid if grid is None else grid[beside(grid, self.rows)] for grid in maps]
+        return maps if self.rows is None else [grid if grid is None else grid[on_device_of(grid, self.rows)] for grid in maps]
 
     def split(self, tensor: Tensor) -> Sequence[Tensor]:
         """A tensor [B, ...] by chunks."""

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..engine.keys import CHUNKS
 from .layers import Layer
 
-_CHUNKS = "lodestar_chunks"  # in the options of a narrowed batch: which chunks of the forward pass it holds
 _LOGITS = 2**26  # logits of image tokens computed at once
 
 
@@ -107,7 +107,7 @@ def _rows(mask: Tensor | float, part: slice) -> Tensor | float:
 
 def chunks_left(options: dict[str, Any], chunks: int) -> Sequence[int]:
     """Which of the forward pass's chunks a call of the attention function was given."""
-    return options.get(_CHUNKS, range(chunks))
+    return options.get(CHUNKS, range(chunks))
 
 
 def _flags(options: dict[str, Any], perturbed: Sequence[bool]) -> list[bool]:
@@ -132,8 +132,8 @@ def _merge(clean: Tensor, perturbed: Tensor, flags: Sequence[bool]) -> Tensor:
 def _narrowed(options: dict[str, Any], flags: Sequence[bool]) -> dict[str, Any]:
     """The options as they describe the flagged chunks alone, for other packs' patches that tell rows apart."""
     options = options.copy()
-    options.setdefault(_CHUNKS, range(len(flags)))
-    for name in (_CHUNKS, "cond_or_uncond", "uuids"):
+    options.setdefault(CHUNKS, range(len(flags)))
+    for name in (CHUNKS, "cond_or_uncond", "uuids"):
         if len(options.get(name, ())) == len(flags):
             options[name] = [entry for entry, flag in zip(options[name], flags, strict=True) if flag]
     return options

@@ -7,10 +7,13 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from ..engine.choice import Choice, Rows
+from ..engine.curves import COSINE
 from ..engine.host import reads_uncond
-from ..engine.plan import Choice, Policy, Rows
-from ..engine.run import COSINE, RunLog, Step, Switch
-from ..spaces import Layout, beside, cosine_per_sample, to_noise, to_velocity
+from ..engine.log import RunLog, Switch
+from ..engine.plan import Policy
+from ..engine.step import Step
+from ..spaces import Layout, cosine_per_sample, on_device_of, to_noise, to_velocity
 
 Space = Literal["denoised", "noise", "velocity"]
 SPACES: tuple[Space, ...] = ("denoised", "noise", "velocity")
@@ -72,7 +75,7 @@ class AdaptiveGuidance(Policy):
             return None
         values = gamma(*(in_space(self.space, denoised, x, sigma, step.flow) for denoised in (cond, uncond)), step.layout)
         left = _rows_left(step.memory)
-        step.record(self.curve, values if left is True else values[beside(values, [i for i, is_open in enumerate(left) if is_open])])
+        step.record(self.curve, values if left is True else values[on_device_of(values, [i for i, is_open in enumerate(left) if is_open])])
         step.memory["met"] = values >= self.threshold
         if self.switch == "next_step":
             return None

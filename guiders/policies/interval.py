@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..engine.plan import Choice, Policy
-from ..engine.run import Step
+from ..engine.choice import Choice
+from ..engine.plan import Policy
+from ..engine.step import Step
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,14 +1,4 @@
-"""Search for a guidance policy by gradient descent. Castillo et al., AAAI 2025, arXiv 2312.12487, section 3.
-
-At each step t one of several options is to be chosen: the unconditional prediction, the conditional one, or CFG at some weight. All are
-D_u + w (D_c - D_u) with weights w_j of 0, 1 and the strengths; they cost n_j evaluations. With logits alpha_t and p_t = softmax(alpha_t),
-
-    D_t = sum_j p_tj (D_u + w_j (D_c - D_u)) = D_u + (sum_j p_tj w_j) (D_c - D_u)
-    loss = ||x(alpha) - x_cfg||^2 / ||x_cfg||^2 + cost_weight sum_t sum_j p_tj n_j / 2T
-
-from the same noise, and the argmax of every alpha_t is the policy. The strengths s/2, s, 2s, the distance and the weight of the cost are
-not known from the paper.
-"""
+"""Search for a guidance policy by gradient descent through the host's samplers. The loss and its paper are in relaxation.py."""
 
 from __future__ import annotations
 
@@ -22,44 +12,19 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from ..engine.attach import detach
 from ..engine.plan import Rule
-from ..engine.run import solver_step
-from ..engine.wrappers import detach
-from ..learning.gradients import checkpointed, cloned, differentiable, gradients, once_more, ordinary_weights
+from ..engine.schedule import solver_step
+from ..learning.checkpoints import checkpointed, checkpointed_call
+from ..learning.gradients import cloned, gradients, ordinary_weights
+from ..learning.recognition import setting_of
 from ..learning.runs import Runs
-from ..learning.setting import Setting
-from .weights_per_step import COND, UNCOND, GuidancePolicy, evaluations
+from ..learning.samplers import differentiable
+from .relaxation import discretise, distance, options, relax, temperature
+from .weights_per_step import StepWeights, evaluations
 
 NAME = "Guidance policy search"
 LEARNING_RATE = 0.2
-
-
-def options(cfg: float) -> tuple[float, ...]:
-    """The weights w_j to choose from: D_u alone, D_c alone, CFG at s/2, s and 2s."""
-    return tuple(dict.fromkeys((UNCOND, COND, cfg / 2, cfg, 2 * cfg)))
-
-
-def relax(logits: Tensor, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Expected weight [T] of every step, and the expected evaluations as a share of CFG's 2T, for logits [T, options]."""
-    chances = logits.softmax(dim=1)
-    table = chances.new_tensor([(weight, evaluations(weight)) for weight in weights])
-    expected = chances @ table
-    return expected[:, 0], expected[:, 1].sum() / (2 * len(logits))
-
-
-def distance(x: Tensor, target: Tensor) -> Tensor:
-    """||x - target||^2 / ||target||^2, mean over the batch, [B, ...]."""
-    return ((x - target).square().flatten(1).sum(1) / target.square().flatten(1).sum(1)).mean()
-
-
-def temperature(number: int, iterations: int) -> float:
-    """From 1 to 0.1: a mixture of D_c and CFG at 2s does what CFG at s does and costs less, until chances have to become decisions."""
-    return 0.1 ** (number / max(1, iterations - 1))
-
-
-def discretise(logits: Tensor, weights: Sequence[float]) -> tuple[float, ...]:
-    """The weight of the likeliest option of every step."""
-    return tuple(weights[index] for index in logits.argmax(dim=1).tolist())
 
 
 class GuidedBy:
@@ -78,7 +43,7 @@ class GuidedBy:
         if not torch.is_grad_enabled():
             cond, uncond = self.predictions(x, sigma)
         else:
-            cond, uncond = once_more(self.predictions, x, sigma)
+            cond, uncond = checkpointed_call(self.predictions, x, sigma)
         return uncond + weight * (cond - uncond)
 
     def predictions(self, x: Tensor, sigma: Tensor) -> list[Tensor]:
@@ -96,7 +61,7 @@ class SearchSampler(comfy.samplers.Sampler):
     temperature = 1.0
 
     def __init__(self, sampler: Any, logits: Tensor, weights: Sequence[float], cost_weight: float) -> None:
-        self.function = differentiable(sampler)
+        self.function = differentiable(sampler, NAME)
         self.logits, self.weights, self.cost_weight = logits, weights, cost_weight
         self.loss = self.distance = self.expected = float("nan")
 
@@ -115,20 +80,20 @@ class SearchSampler(comfy.samplers.Sampler):
                 target = run(x.new_full((len(sigmas) - 1,), model_wrap.cfg))
             logits = self.logits.to(x)
             weights, expected = relax(logits / self.temperature, self.weights)
-            far = distance(run(weights), target)
-            loss = far + self.cost_weight * expected
+            apart = distance(run(weights), target)
+            loss = apart + self.cost_weight * expected
             loss.backward()
-        self.loss, self.distance, self.expected = (float(value.detach()) for value in (loss, far, expected))
+        self.loss, self.distance, self.expected = (float(value.detach()) for value in (loss, apart, expected))
         return sampling.inverse_noise_scaling(sigmas[-1], target)
 
 
-def search(runs: Runs, iterations: int, cost_weight: float) -> tuple[GuidancePolicy, str]:
+def search(runs: Runs, iterations: int, cost_weight: float) -> tuple[StepWeights, str]:
     """The policy found by Adam on the logits, one batch of fresh noise per iteration, and a table of how that went.
 
     Raises ValueError as Runs.check and ``differentiable`` do.
     """
     runs.check(1, alone=Rule)
-    differentiable(runs.sampler)
+    differentiable(runs.sampler, NAME)
     runs = replace(runs, model=detach(runs.model))
     steps, weights = len(runs.sigmas) - 1, options(runs.cfg)
     progress = comfy.utils.ProgressBar(iterations)
@@ -150,4 +115,4 @@ def search(runs: Runs, iterations: int, cost_weight: float) -> tuple[GuidancePol
                 expected, nfe = sampler.expected * 2 * steps, sum(map(evaluations, found))
                 lines.append(f"{number:>9}{sampler.loss:>10.4f}{sampler.distance:>10.4f}{expected:>14.1f}{nfe:>5}")
             progress.update(1)
-        return GuidancePolicy(Setting.of(guider, runs.sampler, runs.sigmas), found), "\n".join(lines)
+        return StepWeights(setting_of(guider, runs.sampler, runs.sigmas), found), "\n".join(lines)

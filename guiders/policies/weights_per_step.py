@@ -1,4 +1,4 @@
-"""A guidance policy: a CFG weight for every step, kept as JSON that people can read. Castillo et al., AAAI 2025, arXiv 2312.12487."""
+"""CFG with a weight of its own at every step. Castillo et al., AAAI 2025, arXiv 2312.12487, call the list of weights a guidance policy."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..engine.choice import Choice
 from ..engine.host import reads_uncond
-from ..engine.plan import Choice, Policy
-from ..engine.run import Step
+from ..engine.plan import Policy
+from ..engine.step import Step
+from ..learning.recognition import setting_of
 from ..learning.setting import Setting
 
 FORMAT = "lodestar guidance policy 1"
@@ -25,8 +27,11 @@ def evaluations(weight: float) -> int:
 
 
 @dataclass(frozen=True)
-class GuidancePolicy:
-    """weights: one for every step; 0 is the unconditional prediction alone, 1 the conditional one. setting: what it was found for."""
+class StepWeights:
+    """A guidance policy, kept as JSON that people can read.
+
+    weights: one for every step; 0 is the unconditional prediction alone, 1 the conditional one. setting: what they were found for.
+    """
 
     setting: Setting
     weights: tuple[float, ...]
@@ -45,7 +50,7 @@ class GuidancePolicy:
         return "{\n" + ",\n".join(lines) + "\n}\n"
 
     @classmethod
-    def from_json(cls, text: str, name: str = "the policy") -> GuidancePolicy:
+    def from_json(cls, text: str, name: str = "the policy") -> StepWeights:
         """Undo ``to_json``. Raises ValueError saying what is wrong with any other text."""
         try:
             values = json.loads(text)
@@ -69,7 +74,7 @@ class GuidancePolicy:
         path.write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
-    def load(cls, path: Path) -> GuidancePolicy:
+    def load(cls, path: Path) -> StepWeights:
         """From a JSON file."""
         return cls.from_json(path.read_text(encoding="utf-8"), path.name)
 
@@ -87,12 +92,12 @@ def _weight(choice: Any) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchedPolicy(Policy):
+class StepwiseCFG(Policy):
     """Every step uses the weight that the policy has for it, whatever the sampler's cfg says, and pays for what that weight needs."""
 
     name: ClassVar[str] = "Guidance policy: apply"
     claims: ClassVar[str] = "what every step evaluates"
-    policy: GuidancePolicy
+    policy: StepWeights
 
     @property
     def neutral(self) -> bool:
@@ -105,7 +110,7 @@ class SearchedPolicy(Policy):
             raise ValueError(f"{self.name} sets one cfg; use KSampler or CFGGuider instead of DualCFGGuider.")
         if reads_uncond(sampler):
             raise ValueError(f"{self.name} and the sampler {reads_uncond(sampler)} exclude each other: CFG++ needs uncond at every step.")
-        found, run = self.policy.setting, Setting.of(guider, sampler, sigmas)
+        found, run = self.policy.setting, setting_of(guider, sampler, sigmas)
         replace(found, model=run.model, space=run.space, negative=run.negative).refuse_other(self.name, "this policy was", run)
 
     def choose(self, step: Step) -> Choice:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..engine.plan import Shaper
-from ..engine.run import Step
+from ..engine.step import Step
 from ..spaces import dot_per_sample, precise
 
 
@@ -50,10 +50,10 @@ class APG(Shaper):
         """eta 1, no clamp and no momentum is plain CFG."""
         return self.eta == 1 and self.norm_threshold <= 0 and self.momentum == 0
 
-    def shape(self, update: Tensor, denoised: Tensor, step: Step) -> Tensor:
+    def shape(self, update: Tensor, cond: Tensor, w: float, step: Step) -> Tensor:
         """g' for g = D_c - D_u."""
         g = self.with_momentum(update, step)
-        pairs = zip(step.layout.split(g), step.layout.split(denoised), strict=True)
+        pairs = zip(step.layout.split(g), step.layout.split(cond), strict=True)
         return step.layout.join([projected_update(part, d, self.eta, self.norm_threshold) for part, d in pairs], update)
 
     def with_momentum(self, g: Tensor, step: Step) -> Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..engine.plan import Shaper
-from ..engine.run import Step
+from ..engine.step import Step
 
 
 def low_pass(y: Tensor, height: int, width: int) -> Tensor:
@@ -64,7 +64,6 @@ class FrequencyGuidance(Shaper):
                 f"{shape[-1]}x{shape[-2]}; set low_width and low_height to the size of the smaller stage."
             )
 
-    def shape(self, update: Tensor, denoised: Tensor, step: Step) -> Tensor:
+    def shape(self, update: Tensor, cond: Tensor, w: float, step: Step) -> Tensor:
         """(w_l - 1)/(w - 1) Lp(g) + (w_h - 1)/(w - 1) Hp(g)."""
-        w = step.cfg
         return banded(update, (self.low_scale - 1) / (w - 1), (self.high_scale - 1) / (w - 1), self.low_height, self.low_width)

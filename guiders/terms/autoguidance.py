@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..engine.branches import Branch
 from ..engine.plan import Term
-from ..engine.run import Step
+from ..engine.step import Step
 
 
 def autoguidance_update(cond: Tensor, weak: Tensor, w: float) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..engine.branches import Branch
 from ..engine.plan import Term
-from ..engine.run import Step
+from ..engine.step import Step
 from ..network.identity_attention import IdentityAttention
 from ..spaces import Layout
 

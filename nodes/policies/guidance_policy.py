@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ...guiders.policies.search import NAME as SEARCH
 from ...guiders.policies.search import search
-from ...guiders.policies.weights_per_step import GuidancePolicy, SearchedPolicy
+from ...guiders.policies.weights_per_step import StepWeights, StepwiseCFG
 from ..files import About, Kind, save_and_load
 from ..schema import guidance_schema, guided
 from ..training_inputs import CATEGORY, run_inputs, runs_of, seed_input
@@ -65,7 +65,7 @@ class LodestarGuidancePolicy(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         """Schema."""
         return guidance_schema(
-            SearchedPolicy,
+            StepwiseCFG,
             node_id="LodestarGuidancePolicy",
             description="Samples with a policy: at every step the conditional prediction, the unconditional one, or CFG at a weight of its "
             "own. Only what a step uses is evaluated.",
@@ -74,13 +74,13 @@ class LodestarGuidancePolicy(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Any, policy: GuidancePolicy) -> io.NodeOutput:
+    def execute(cls, model: Any, policy: StepWeights) -> io.NodeOutput:
         """Attach the rule."""
-        return guided(cls, model, SearchedPolicy(policy=policy))
+        return guided(cls, model, StepwiseCFG(policy=policy))
 
 
-def _read(path: Path) -> tuple[GuidancePolicy, str]:
-    policy = GuidancePolicy.load(path)
+def _read(path: Path) -> tuple[StepWeights, str]:
+    policy = StepWeights.load(path)
     return policy, policy.to_json()
 
 
@@ -103,6 +103,6 @@ LodestarSavePolicy, LodestarLoadPolicy = save_and_load(
         PolicyType.Output("policy", tooltip="For Guidance policy: apply."),
         io.String.Output("json", tooltip="The policy as text, with one choice for every step."),
     ],
-    write=GuidancePolicy.save,
+    write=StepWeights.save,
     read=_read,
 )

@@ -11,10 +11,11 @@ from tools import close, comfy, cond, counted, custom, guided, log_of, pag, tiny
 from torch import Tensor
 
 from lodestar.demo import models, shapes
-from lodestar.guiders.cfgpp.inversion import FURTHEST, first_step, inversion_step, invert
+from lodestar.guiders.cfgpp.inversion import LARGEST_TIME, first_step, inversion_step, invert
 from lodestar.guiders.cfgpp.sampler import cfgpp_sampler
-from lodestar.guiders.cfgpp.solvers import Level, cfgpp_step, levels_of
+from lodestar.guiders.cfgpp.solvers import cfgpp_step
 from lodestar.guiders.shapers.apg import APG
+from lodestar.guiders.spaces import Level, levels_of
 
 EDM = [14.6, 5.0, 2.0, 0.7, 0.2, 0.0]
 FLOW = [0.95, 0.8, 0.55, 0.3, 0.1, 0.0]
@@ -185,7 +186,7 @@ def test_what_comes_out(kind):
     noise, sigmas = inverted(model, latent)
     assert set(noise) == {"samples", "batch_index"} and "noise_mask" in latent
     assert noise["samples"].shape == latent["samples"].shape and noise["samples"].isfinite().all()
-    assert sigmas[1:].equal(schedule(model)[1:]) and sigmas[0] == (torch.tensor(FURTHEST) if kind == "mmdit" else schedule(model)[0])
+    assert sigmas[1:].equal(schedule(model)[1:]) and sigmas[0] == (torch.tensor(LARGEST_TIME) if kind == "mmdit" else schedule(model)[0])
     assert inverted(model, latent)[0]["samples"].equal(noise["samples"])
     for i in range(2):
         alone, _ = inverted(model, {"samples": latent["samples"][i : i + 1]})

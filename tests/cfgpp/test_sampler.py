@@ -13,12 +13,13 @@ from tools import close, comfy, cond, counted, custom, empty_latent, guided, log
 
 from lodestar.guiders.cfgpp.inversion import Inversion
 from lodestar.guiders.cfgpp.sampler import CURVE
-from lodestar.guiders.cfgpp.solvers import SOLVERS, equivalent_cfg, levels_of, mean_equivalent_cfg
+from lodestar.guiders.cfgpp.solvers import SOLVERS, equivalent_cfg, mean_equivalent_cfg
 from lodestar.guiders.engine.host import reads_uncond
 from lodestar.guiders.engine.plan import plan_of
 from lodestar.guiders.policies.adaptive import AdaptiveGuidance
 from lodestar.guiders.policies.interval import GuidanceInterval
 from lodestar.guiders.shapers.apg import APG
+from lodestar.guiders.spaces import levels_of
 from lodestar.nodes.cfgpp import LodestarCFGPP
 
 LEVELS = {"unet": [3.0, 1.2], "unet_v": [3.0, 1.2], "mmdit": [0.8, 0.5]}

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lodestar.guiders.cfgpp import solvers as cfgpp
-from lodestar.guiders.cfgpp.solvers import SOLVERS, Level, Walk, ancestral, cfgpp_step, ddim, decay, equivalent_cfg, level_at, levels_of
+from lodestar.guiders.cfgpp.solvers import SOLVERS, Schedule, ancestral, cfgpp_step, ddim, decay, equivalent_cfg
+from lodestar.guiders.spaces import Level, level_at, levels_of
 
 EDM = [14.6, 9.0, 5.2, 3.0, 1.7, 0.9, 0.4, 0.12, 0.0]
 FLOW = [0.98, 0.9, 0.8, 0.66, 0.5, 0.33, 0.2, 0.08, 0.0]
@@ -68,8 +69,8 @@ def sample(name: str, path: str, model: Model, eta: float = 1.0, history: str = 
     schedule = sigmas or schedule
     tensor = torch.tensor(schedule, dtype=torch.float64)
     solver = SOLVERS[name]
-    walk = Walk(tensor, levels_of(schedule, flow), range(len(schedule) - 1), partial(solver.split, eta=eta), noise_of, history)
-    return solver.run(model, start(path, schedule), walk)
+    whole = Schedule(tensor, levels_of(schedule, flow), range(len(schedule) - 1), partial(solver.split, eta=eta), noise_of, history)
+    return solver.run(model, start(path, schedule), whole)
 
 
 def start(path: str, schedule: list[float]) -> Tensor:

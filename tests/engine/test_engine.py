@@ -11,8 +11,9 @@ import torch
 from tools import KINDS, attach, close, comfy, counted, empty_latent, guided, log_of, pag, reference, sample, tiny
 
 from lodestar.guiders.engine import wrappers as engine
+from lodestar.guiders.engine.keys import RUN
+from lodestar.guiders.engine.log import last_log
 from lodestar.guiders.engine.plan import plan_of
-from lodestar.guiders.engine.run import RUN, last_log
 from lodestar.guiders.policies.interval import GuidanceInterval
 from lodestar.guiders.shapers.apg import APG
 from lodestar.guiders.terms.autoguidance import Autoguidance
@@ -162,7 +163,7 @@ def test_wrappers_are_installed_once():
     model = tiny("unet")
     many = guided(model, *[pag(model)] * 3, APG(), Autoguidance(weak_model=tiny("unet", seed=7)))
     assert {kind: [len(found) for found in by_key.values()] for kind, by_key in many.wrappers.items()} == {
-        kind: [1] for kind in engine._WRAPPERS
+        kind: [1] for kind in engine.WRAPPERS
     }
 
 

@@ -13,9 +13,10 @@ import tools
 import torch
 from tools import KINDS, close, comfy, cond, counted, empty_latent, guided, log_of, pag, sample, tiny
 
+from lodestar.guiders.engine.attach import attach
+from lodestar.guiders.engine.choice import Choice, common
 from lodestar.guiders.engine.host import reads_uncond
-from lodestar.guiders.engine.plan import Choice, Policy, common
-from lodestar.guiders.engine.wrappers import attach
+from lodestar.guiders.engine.plan import Policy
 from lodestar.guiders.policies.interval import GuidanceInterval
 from lodestar.guiders.shapers.apg import APG
 from lodestar.guiders.terms.autoguidance import Autoguidance

@@ -12,7 +12,7 @@ from tools import close, comfy, empty_latent, guided, log_of, pag, reference, sa
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lodestar.guiders.engine.plan import Shaper
-from lodestar.guiders.engine.run import nearest_step
+from lodestar.guiders.engine.schedule import nearest_step
 from lodestar.guiders.policies.interval import GuidanceInterval
 from lodestar.guiders.shapers.apg import APG
 

@@ -68,7 +68,7 @@ def ag(threshold: float, **more) -> AdaptiveGuidance:
 
 def test_without_a_listener_nothing_is_computed(monkeypatch):
     calls = []
-    for owner, name in ((run_module.Run, "log_so_far"), (curves.Curves, "glance"), (telemetry, "Telemetry"), (telemetry, "joined")):
+    for owner, name in ((run_module.Run, "log_so_far"), (curves.Curves, "collect_ready"), (telemetry, "Telemetry"), (telemetry, "joined")):
         monkeypatch.setattr(owner, name, lambda *_, name=name: calls.append(name))
     asked = []
     telemetry.connect(lambda: asked.append(1))
@@ -82,7 +82,7 @@ def test_without_a_listener_nothing_is_computed(monkeypatch):
 
 def test_somebody_who_left_before_the_start_is_told_nothing(listener, monkeypatch):
     listener.here = False
-    monkeypatch.setattr(curves.Curves, "glance", lambda _: pytest.fail("read for nobody"))
+    monkeypatch.setattr(curves.Curves, "collect_ready", lambda _: pytest.fail("read for nobody"))
     tools.sample(guided(tiny("unet"), APG()))
     assert not listener.messages
 
@@ -173,7 +173,9 @@ def test_messages_keep_their_distance(listener, monkeypatch):
     monkeypatch.setattr(telemetry.time, "monotonic", lambda: next(now))
     monkeypatch.setattr(telemetry, "PERIOD", 0.25)
     reads = []
-    monkeypatch.setattr(curves.Curves, "glance", lambda self, original=curves.Curves.glance: reads.append(1) or original(self))
+    monkeypatch.setattr(
+        curves.Curves, "collect_ready", lambda self, original=curves.Curves.collect_ready: reads.append(1) or original(self)
+    )
     tools.sample(guided(tiny("unet"), APG()), steps=9)
     assert [message["step"] for message in listener.messages] == [1, 4, 7, 9]
     assert len(reads) == 3  # the last message has the values that the run reads anyway
@@ -202,7 +204,7 @@ def test_an_interrupted_run_ends_what_it_told(listener):
 
 def test_a_plan_forgets_no_node():
     plan = GuidancePlan().plus(APG(), "1").plus(APG()).plus(APG(), "3")
-    assert plan.nodes == ("1", None, "3") and len(plan.rules) == 3
+    assert [entry.node for entry in plan.entries] == ["1", None, "3"] and len(plan.rules) == 3
 
 
 # --- curves ----------------------------------------------------------------------------------------------------------
@@ -215,7 +217,7 @@ def test_values_arrive_in_order_and_none_is_lost(device):
         kept.record("a", step, torch.tensor(float(step), device=device))
         if step % 2:
             kept.record("b", step, torch.tensor(-float(step)))  # some values are on the host whatever the device
-        kept.glance()
+        kept.collect_ready()
     kept.read()
     assert list(kept.values) == ["a", "b"]
     assert kept.values["a"] == {step: float(step) for step in range(50)} and list(kept.values["a"]) == list(range(50))

@@ -96,7 +96,7 @@ def test_the_order_of_the_columns_does_not_matter(demo, guided):
 
 
 def test_a_model_without_our_nodes_is_compared_too(demo, guided):
-    from lodestar.guiders.engine.wrappers import detach
+    from lodestar.guiders.engine.attach import detach
 
     bare = detach(demo[0])
     picture, table = compare(demo, [bare, guided[1]])
@@ -219,7 +219,7 @@ def test_grids_of_other_sizes(host, height, width):
 def test_a_refused_column_is_named_before_anything_is_sampled(demo, guided):
     import tools
 
-    from lodestar.guiders.engine.wrappers import attach
+    from lodestar.guiders.engine.attach import attach
     from lodestar.guiders.shapers.apg import APG
     from lodestar.guiders.shapers.frequency import FrequencyGuidance
 

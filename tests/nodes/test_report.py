@@ -18,7 +18,7 @@ def report(host) -> object:
 
 def log(**changes) -> object:
     """A log of a run that never was."""
-    from lodestar.guiders.engine.run import RunLog
+    from lodestar.guiders.engine.log import RunLog
 
     sigmas = [14.0, 7.0, 3.0, 1.0, 0.0]
     values = {"steps": 4, "batch": 2, "calls": 5, "rows": 24, "nfe": 12, "seconds": 1.5, "sigmas": sigmas, "curves": {}}
@@ -46,7 +46,7 @@ def test_it_counts_what_torch_counts(report, rules, batch):
     import tools
 
     model, weak = tools.tiny("unet"), tools.tiny("unet", seed=7)
-    from lodestar.guiders.engine.wrappers import attach
+    from lodestar.guiders.engine.attach import attach
     from lodestar.guiders.shapers.apg import APG
     from lodestar.guiders.terms.autoguidance import Autoguidance
 
@@ -78,7 +78,7 @@ def test_it_shows_the_last_run_of_its_own_model(report):
 def test_two_nodes_of_one_kind_have_a_curve_each(host):
     import tools
 
-    from lodestar.guiders.engine.wrappers import attach
+    from lodestar.guiders.engine.attach import attach
     from lodestar.guiders.shapers.apg import APG
 
     model = attach(attach(tools.tiny("unet"), APG(eta=0.5)), APG(eta=0.2))
@@ -156,7 +156,8 @@ def test_cosines_have_an_axis_of_their_own(host):
 def test_switches_are_told_and_drawn(report):
     import tools
 
-    from lodestar.guiders.engine.run import COSINE, Switch
+    from lodestar.guiders.engine.curves import COSINE
+    from lodestar.guiders.engine.log import Switch
     from lodestar.guiders.policies.adaptive import AdaptiveGuidance
     from lodestar.pictures.report import draw, table
 

@@ -13,7 +13,7 @@ import tools
 import torch
 from tools import KINDS, attach, close, comfy, cond, counted, custom, empty_latent, guided, log_of, pag, perpneg, sample, tiny
 
-from lodestar.guiders.engine.run import COSINE
+from lodestar.guiders.engine.curves import COSINE
 from lodestar.guiders.policies import adaptive
 from lodestar.guiders.policies.adaptive import SPACES, AdaptiveGuidance, gamma, in_space
 from lodestar.guiders.policies.interval import GuidanceInterval

@@ -16,7 +16,7 @@ def covered(sigmas: torch.Tensor, high: float, low: float) -> list[int]:
     """The steps that an interval (low, high] of noise levels covers."""
     model_sampling = SimpleNamespace(percent_to_sigma={0.25: high, 0.75: low}.get)
     patcher = SimpleNamespace(get_model_object=lambda name: model_sampling)
-    plan = GuidancePlan((GuidanceInterval(start_percent=0.25, end_percent=0.75),))
+    plan = GuidancePlan().plus(GuidanceInterval(start_percent=0.25, end_percent=0.75))
     run = Run(plan, SimpleNamespace(model_patcher=patcher), sigmas, (1, 4, 8, 8), None)
     steps = []
     for run.index in range(len(sigmas) - 1):

@@ -15,10 +15,10 @@ A, B = 0.7, 0.35  # of the synthetic u_k = A c_k + B u_{k-1}
 
 @pytest.fixture(scope="module")
 def linear_ag(host):
-    """The module under test; its rule needs no host, its neighbours do."""
-    from lodestar.guiders.policies.linear_ag import rule as linear_ag
+    """The module under test."""
+    from lodestar.guiders.policies.linear_ag import regression
 
-    return linear_ag
+    return regression
 
 
 def scores(steps: int = 8, batch: int = 3, seed: int = 0) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -230,7 +230,7 @@ def test_the_fit_sees_what_the_host_predicts(tiny):
     import tools
 
     from lodestar.guiders.policies.linear_ag.coefficients import Coefficients
-    from lodestar.guiders.policies.linear_ag.rule import Gram, score
+    from lodestar.guiders.policies.linear_ag.regression import Gram, score
 
     seen = ([], [])
 
@@ -393,7 +393,7 @@ def test_a_lora_makes_another_model(host):
     """Whether or not it has been worked into the weights of a loaded model."""
     import tools
 
-    from lodestar.guiders.learning.setting import model_id
+    from lodestar.guiders.learning.recognition import model_id
 
     model = tools.tiny("unet")
     plain = model_id(model)

@@ -21,20 +21,28 @@ def search(host):
     return policy_search
 
 
+@pytest.fixture(scope="module")
+def relaxation(host):
+    """Its maths."""
+    from lodestar.guiders.policies import relaxation
+
+    return relaxation
+
+
 # --- the relaxation --------------------------------------------------------------------------------------------------
 
 
-def test_the_options_and_what_they_cost(search):
-    weights = search.options(7.5)
+def test_the_options_and_what_they_cost(search, relaxation):
+    weights = relaxation.options(7.5)
     assert weights == (0.0, 1.0, 3.75, 7.5, 15.0)
     assert [search.evaluations(weight) for weight in weights] == [1, 1, 2, 2, 2]
-    assert search.options(2.0) == (0.0, 1.0, 2.0, 4.0)  # s / 2 is the conditional prediction
+    assert relaxation.options(2.0) == (0.0, 1.0, 2.0, 4.0)  # s / 2 is the conditional prediction
 
 
-def test_relaxed_weights_and_cost_are_expectations(search):
+def test_relaxed_weights_and_cost_are_expectations(relaxation):
     logits = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    weights = search.options(7.5)
-    expected, cost = search.relax(logits, weights)
+    weights = relaxation.options(7.5)
+    expected, cost = relaxation.relax(logits, weights)
     for t in range(3):
         chances = [float(logits[t, j].exp() / logits[t].exp().sum()) for j in range(5)]
         assert float(expected[t]) == pytest.approx(sum(p * w for p, w in zip(chances, weights, strict=True)))
@@ -42,25 +50,25 @@ def test_relaxed_weights_and_cost_are_expectations(search):
     assert float(cost) == pytest.approx(float((chances[:, :2].sum() + 2 * chances[:, 2:].sum()) / 6))
 
 
-def test_certain_logits_are_the_discrete_policy(search):
-    weights = search.options(7.5)
+def test_certain_logits_are_the_discrete_policy(relaxation):
+    weights = relaxation.options(7.5)
     logits = torch.full((4, 5), -500.0)
     for t, j in enumerate((3, 4, 1, 0)):
         logits[t, j] = 500.0
-    expected, cost = search.relax(logits, weights)
-    assert search.discretise(logits, weights) == tuple(expected.tolist()) == (7.5, 15.0, 1.0, 0.0)
+    expected, cost = relaxation.relax(logits, weights)
+    assert relaxation.discretise(logits, weights) == tuple(expected.tolist()) == (7.5, 15.0, 1.0, 0.0)
     assert float(cost) == pytest.approx((2 + 2 + 1 + 1) / 8)
 
 
-def test_the_distance_is_relative_and_per_image(search):
+def test_the_distance_is_relative_and_per_image(relaxation):
     target = torch.stack([torch.ones(3, 2, 2), 10 * torch.ones(3, 2, 2)])
-    assert float(search.distance(target, target)) == 0
-    assert float(search.distance(1.1 * target, target)) == pytest.approx(0.01)
+    assert float(relaxation.distance(target, target)) == 0
+    assert float(relaxation.distance(1.1 * target, target)) == pytest.approx(0.01)
 
 
-def test_the_temperature_falls_from_1_to_a_tenth(search):
-    assert [search.temperature(i, 3) for i in range(3)] == pytest.approx([1, 0.1**0.5, 0.1])
-    assert search.temperature(0, 1) == 1
+def test_the_temperature_falls_from_1_to_a_tenth(relaxation):
+    assert [relaxation.temperature(i, 3) for i in range(3)] == pytest.approx([1, 0.1**0.5, 0.1])
+    assert relaxation.temperature(0, 1) == 1
 
 
 # --- gradients through the host --------------------------------------------------------------------------------------
@@ -119,7 +127,7 @@ def test_the_gradient_is_that_of_finite_differences(search, kind):
 def test_every_listed_sampler_is_differentiable(search, name):
     import tools
 
-    from lodestar.guiders.learning.gradients import SAMPLERS
+    from lodestar.guiders.learning.samplers import SAMPLERS
 
     assert name in (*SAMPLERS, "ddim")
     model, logits = tools.tiny("unet"), some_logits()
@@ -150,7 +158,7 @@ def test_checkpoints_change_no_gradient_and_keep_only_latents(search, kind, monk
 
     kept.clear()
     monkeypatch.setattr(search, "checkpointed", contextlib.nullcontext)
-    monkeypatch.setattr(search, "once_more", lambda function, *args: function(*args))
+    monkeypatch.setattr(search, "checkpointed_call", lambda function, *args: function(*args))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         without = gradient(search, model, logits)
     assert with_checkpoints[0] == pytest.approx(without[0], rel=1e-5)
@@ -161,7 +169,7 @@ def test_checkpoints_change_no_gradient_and_keep_only_latents(search, kind, monk
 def test_blocks_are_the_residual_and_transformer_blocks(host):
     import tools
 
-    from lodestar.guiders.learning.gradients import blocks
+    from lodestar.guiders.learning.checkpoints import blocks
 
     of = {kind: [type(block).__name__ for block in blocks(tools.tiny(kind).model.diffusion_model)] for kind in ("unet", "mmdit", "wan")}
     assert of["unet"].count("ResBlock") == 8 and of["unet"].count("BasicTransformerBlock") == 8
@@ -315,22 +323,22 @@ def policy_for(model, weights, **changes):
     """A policy with these weights for the run that ``sample`` does."""
     import tools
 
-    from lodestar.guiders.learning.setting import Setting
-    from lodestar.guiders.policies.weights_per_step import GuidancePolicy
+    from lodestar.guiders.learning.recognition import setting_of
+    from lodestar.guiders.policies.weights_per_step import StepWeights
 
     these = runs(model, steps=len(weights), **changes)
-    setting = Setting.of(these.guider(0, model), these.sampler, these.sigmas)
+    setting = setting_of(these.guider(0, model), these.sampler, these.sigmas)
     assert setting.steps == len(weights) and tools
-    return GuidancePolicy(setting, tuple(weights))
+    return StepWeights(setting, tuple(weights))
 
 
 def applied(model, policy):
     """The model with the policy."""
     import tools
 
-    from lodestar.guiders.policies.weights_per_step import SearchedPolicy
+    from lodestar.guiders.policies.weights_per_step import StepwiseCFG
 
-    return tools.guided(model, SearchedPolicy(policy=policy))
+    return tools.guided(model, StepwiseCFG(policy=policy))
 
 
 def sample(model, **more):
@@ -371,16 +379,18 @@ def test_the_samplers_own_weight_everywhere_is_cfg(host):
     assert tools.log_of(guided).nfe == 2 * STEPS
 
 
-def test_what_is_searched_is_what_is_sampled(search):
+def test_what_is_searched_is_what_is_sampled(search, relaxation):
     """With certain logits, the search's own run is the policy's run on the host."""
     import tools
 
     model, weights = tools.tiny("unet"), (12.0, 6.0, 1.0, 0.0)
-    options = search.options(CFG)
+    options = relaxation.options(CFG)
     logits = torch.tensor([[50.0 * (option == weight) for option in options] for weight in weights])
     loss, _ = gradient(search, model, logits, cost_weight=0.0)
     latent = tools.empty_latent(model, size=8)
-    far = search.distance(sample(applied(model, policy_for(model, weights)), latent=latent, seed=5), sample(model, latent=latent, seed=5))
+    far = relaxation.distance(
+        sample(applied(model, policy_for(model, weights)), latent=latent, seed=5), sample(model, latent=latent, seed=5)
+    )
     assert loss == pytest.approx(float(far), rel=1e-3)
 
 
@@ -431,7 +441,7 @@ def test_two_rules_that_decide_the_same_are_refused(host):
 def test_a_policy_is_readable_json(host, tmp_path):
     import tools
 
-    from lodestar.guiders.policies.weights_per_step import GuidancePolicy
+    from lodestar.guiders.policies.weights_per_step import StepWeights
 
     policy = policy_for(tools.tiny("unet"), (12.0, 7.25, 1.0, 0.0))
     text = policy.to_json()
@@ -441,7 +451,7 @@ def test_a_policy_is_readable_json(host, tmp_path):
     assert text.count("\n") == len(values) + 2  # one line each
     path = tmp_path / "policy.json"
     path.write_text(text, encoding="utf-8")
-    assert GuidancePolicy.load(path) == policy
+    assert StepWeights.load(path) == policy
 
 
 @pytest.mark.parametrize(
@@ -459,19 +469,19 @@ def test_a_policy_is_readable_json(host, tmp_path):
 def test_what_is_wrong_with_a_policy_is_said(host, change, words):
     import tools
 
-    from lodestar.guiders.policies.weights_per_step import GuidancePolicy
+    from lodestar.guiders.policies.weights_per_step import StepWeights
 
     values = json.loads(policy_for(tools.tiny("unet"), (6.0, 6.0, 1.0, 1.0)).to_json())
     change(values)
     with pytest.raises(ValueError, match=f"^Guidance policy: p.json .*{words}"):
-        GuidancePolicy.from_json(json.dumps(values), "p.json")
+        StepWeights.from_json(json.dumps(values), "p.json")
 
 
 def test_what_is_not_json_is_refused(host):
-    from lodestar.guiders.policies.weights_per_step import GuidancePolicy
+    from lodestar.guiders.policies.weights_per_step import StepWeights
 
     with pytest.raises(ValueError, match=r"^Guidance policy: p\.json is not JSON"):
-        GuidancePolicy.from_json("{", "p.json")
+        StepWeights.from_json("{", "p.json")
 
 
 def test_the_nodes_search_save_and_load(host):
@@ -521,7 +531,7 @@ def test_the_report_draws_a_cell_for_every_step(host):
 
 
 def test_a_cell_shows_how_many_rows_are_guided(host):
-    from lodestar.guiders.engine.plan import Choice
+    from lodestar.guiders.engine.choice import Choice
     from lodestar.pictures import policy_strip
 
     assert policy_strip.guided(Choice(uncond=(True, False, False, False))) == 0.25

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lodestar.guiders.engine.run import Step
+from lodestar.guiders.engine.step import Step
 from lodestar.guiders.shapers.apg import APG, project, projected_update
 from lodestar.guiders.spaces import Layout
 
@@ -40,7 +40,7 @@ def step(memory: dict | None = None, first: bool = True, layout: Layout | None =
 
 def guided(rule: APG, cond: Tensor, uncond: Tensor, w: float, at: Step | None = None) -> Tensor:
     """D_c + (w - 1) g', as the engine combines them."""
-    return cond + (w - 1) * rule.shape(cond - uncond, cond, at or step())
+    return cond + (w - 1) * rule.shape(cond - uncond, cond, w, at or step())
 
 
 def rule(eta: float = 0.0, r: float = 0.0, beta: float = 0.0) -> APG:
@@ -165,7 +165,7 @@ def test_a_larger_image_has_the_same_parallel_part():
 def test_half_precision_is_projected_in_float64(setting, dtype):
     cond, uncond = random(2, 4, 128, 128, dtype=dtype), random(2, 4, 128, 128, seed=1, dtype=dtype)
     g = cond - uncond
-    out = rule(*setting).shape(g, cond, step())
+    out = rule(*setting).shape(g, cond, 4.0, step())
     expected = projected_update(g.double().flatten(1), cond.double().flatten(1), *setting[:2]).reshape(g.shape)
     assert out.dtype == dtype and out.equal(expected.to(dtype))
 
@@ -173,9 +173,9 @@ def test_half_precision_is_projected_in_float64(setting, dtype):
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_zero_vectors_are_no_direction(setting):
     zeros, g = torch.zeros(2, 4, 8, 8), random(2, 4, 8, 8)
-    assert rule(*setting).shape(zeros, g, step()).equal(zeros)
-    assert rule(*setting).shape(zeros, zeros, step()).equal(zeros)
-    torch.testing.assert_close(rule(setting[0], 0, setting[2]).shape(g, zeros, step()), g)
+    assert rule(*setting).shape(zeros, g, 4.0, step()).equal(zeros)
+    assert rule(*setting).shape(zeros, zeros, 4.0, step()).equal(zeros)
+    torch.testing.assert_close(rule(setting[0], 0, setting[2]).shape(g, zeros, 4.0, step()), g)
 
 
 def test_parts_of_a_packed_latent_are_shaped_apart():
@@ -220,7 +220,7 @@ def test_the_hosts_node_is_the_papers_form_one_scale_higher(host, kind, setting)
     import tools
     from comfy_extras.nodes_apg import APG as HostAPG
 
-    from lodestar.guiders.engine.wrappers import attach
+    from lodestar.guiders.engine.attach import attach
 
     model = tools.tiny(kind)
     theirs = tools.sample(HostAPG.execute(model, *setting)[0], cfg=4.0, steps=10)
@@ -233,8 +233,8 @@ def test_the_hosts_node_is_the_papers_form_one_scale_higher(host, kind, setting)
 def test_every_evaluation_of_a_run_equals_the_listing_on_denoised_predictions(host, kind, sampler):
     import tools
 
+    from lodestar.guiders.engine.attach import attach
     from lodestar.guiders.engine.run import run_of
-    from lodestar.guiders.engine.wrappers import attach
 
     buffers: dict[tuple[int, int], Tensor] = {}
     steps = set()
@@ -259,7 +259,7 @@ def test_every_evaluation_of_a_run_equals_the_listing_on_denoised_predictions(ho
 def test_a_second_run_starts_with_an_empty_buffer(host, kind):
     import tools
 
-    from lodestar.guiders.engine.wrappers import attach
+    from lodestar.guiders.engine.attach import attach
 
     model = attach(tools.tiny(kind), rule(0.0, 3.0, -0.5))
     first = tools.sample(model)
@@ -271,7 +271,7 @@ def test_a_second_run_starts_with_an_empty_buffer(host, kind):
 def test_neutral_settings_and_cfg_1_change_no_bit(host, cfg):
     import tools
 
-    from lodestar.guiders.engine.wrappers import attach
+    from lodestar.guiders.engine.attach import attach
 
     model = tools.tiny("unet")
     setting = (1.0, 0.0, 0.0) if cfg != 1 else (0.0, 3.0, -0.5)
@@ -292,7 +292,7 @@ class Spy(APG):
 def test_samplers_of_several_stages_advance_the_momentum_once_per_step(host, sampler, evaluations):
     import tools
 
-    from lodestar.guiders.engine.wrappers import attach
+    from lodestar.guiders.engine.attach import attach
 
     Spy.seen.clear()
     tools.sample(attach(tools.tiny("unet"), Spy()), sampler=sampler)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lodestar.guiders.engine.run import Step
+from lodestar.guiders.engine.step import Step
 from lodestar.guiders.shapers.frequency import FrequencyGuidance, banded, low_pass
 from lodestar.guiders.spaces import Layout
 
@@ -45,7 +45,7 @@ def rule(low: float = 7.5, high: float = 35.0, height: int = 4, width: int = 5) 
 
 def guided(rule: FrequencyGuidance, c: Tensor, u: Tensor, w: float) -> Tensor:
     """D_c + (w - 1) shape(g), as the engine combines them."""
-    return c + (w - 1) * rule.shape(c - u, c, Step(0, 1.0, True, Layout(), {}, w))
+    return c + (w - 1) * rule.shape(c - u, c, w, Step(0, 1.0, True, Layout()))
 
 
 # --- the invariants, without a host ----------------------------------------------------------------------------------
@@ -77,14 +77,14 @@ def test_equal_scales_are_cfg(w):
     torch.testing.assert_close(guided(rule(w, w), c, u, w), u.lerp(c, w))
     torch.testing.assert_close(guided(rule(3.0, 3.0), c, u, w), u.lerp(c, 3.0))
     g = c - u
-    assert rule(w, w).shape(g, c, Step(0, 1.0, True, Layout(), {}, w)) is g
+    assert rule(w, w).shape(g, c, w, Step(0, 1.0, True, Layout())) is g
 
 
 @pytest.mark.parametrize("high", [35.0, 0.0])
 def test_a_low_band_of_the_latents_size_leaves_nothing_to_the_high_one(high):
     g = random(2, 4, 8, 10)
     assert low_pass(g, 8, 10).equal(g)
-    assert rule(4.0, high, 8, 10).shape(g, g, Step(0, 1.0, True, Layout(), {}, 4.0)) is g
+    assert rule(4.0, high, 8, 10).shape(g, g, 4.0, Step(0, 1.0, True, Layout())) is g
 
 
 def test_noise_space_and_denoised_space_agree():

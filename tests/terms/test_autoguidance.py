@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lodestar.guiders.engine.run import Step
+from lodestar.guiders.engine.step import Step
 from lodestar.guiders.spaces import Layout
 from lodestar.guiders.terms.autoguidance import Autoguidance, autoguidance_update, check_weak_model
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lodestar.guiders.engine.run import Step
+from lodestar.guiders.engine.step import Step
 from lodestar.guiders.network.identity_attention import IdentityAttention, masked_attention
 from lodestar.guiders.spaces import Layout
 from lodestar.guiders.terms.pag import PAG, rescaled

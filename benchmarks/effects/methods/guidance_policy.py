@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lodestar.demo.models import MODELS
 from lodestar.guiders.policies.search import search
-from lodestar.guiders.policies.weights_per_step import GuidancePolicy
+from lodestar.guiders.policies.weights_per_step import StepWeights
 from lodestar.nodes.policies.guidance_policy import LodestarGuidancePolicy
 
 from ..cells import Batch, Cell
@@ -28,7 +28,7 @@ def searched(batch: Batch, *, model: str, cfg: float, steps: int) -> Tensor:
 
 
 @cache
-def policy(model: str, cfg: float, steps: int) -> GuidancePolicy:
+def policy(model: str, cfg: float, steps: int) -> StepWeights:
     """The search, once for all batches."""
     return search(runs_to_learn_from(model, cfg, steps, ITERATIONS, TOGETHER), ITERATIONS, COST_WEIGHT)[0]
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...learning.setting import Setting
-from .rule import Gram, previous, replaced_steps, shifted
+from .regression import Gram, previous, replaced_steps, shifted
 
 FORMAT = "lodestar linear_ag coefficients 1"
 

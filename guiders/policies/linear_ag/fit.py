@@ -14,13 +14,14 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ...engine.plan import Choice, Policy
-from ...engine.run import Step
-from ...engine.wrappers import attach
+from ...engine.attach import attach
+from ...engine.choice import Choice
+from ...engine.plan import Policy
+from ...engine.step import Step
+from ...learning.recognition import setting_of
 from ...learning.runs import Runs
-from ...learning.setting import Setting
 from .coefficients import Coefficients
-from .rule import Gram, score
+from .regression import Gram, score
 
 NAME = "LinearAG: fit"
 LEAST_STEPS = 4  # the first schedule with a step to replace
@@ -82,4 +83,4 @@ def fit(runs: Runs, trajectories: int) -> Coefficients:
         gram.add(trajectory.cond, trajectory.uncond)
     if not torch.isfinite(gram.matrix).all():
         raise ValueError(f"{NAME}: the model's predictions are not finite with these settings.")
-    return Coefficients.of(gram, Setting.of(guider, runs.sampler, runs.sigmas))
+    return Coefficients.of(gram, setting_of(guider, runs.sampler, runs.sigmas))

@@ -1,0 +1,71 @@
+"""RunLog: what a sampling run did, for reports, charts and tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+from .choice import Choice
+
+if TYPE_CHECKING:
+    from .plan import GuidancePlan
+
+
+@dataclass(frozen=True)
+class Switch:
+    """A policy's criterion: its curve's label, the threshold, and for each image the first step without guidance (None: there is none)."""
+
+    curve: str
+    threshold: float
+    steps: tuple[int | None, ...]
+
+
+@dataclass
+class RunLog:
+    """What a finished run did.
+
+    nfe: evaluations of the whole batch. A call with some rows only counts in proportion, so that nfe times batch is the number of rows.
+    evaluations: the same for each step. saved: what policies left out of it. choices: what each step's first evaluation was to compute.
+    curves: one number per recorded step (mean over the rows) by label. switches: by the name of the policy.
+    """
+
+    steps: int = 0
+    batch: int = 0
+    calls: int = 0
+    rows: int = 0
+    nfe: float = 0
+    saved: float = 0
+    seconds: float = 0.0
+    sigmas: list[float] = field(default_factory=list)
+    curves: dict[str, dict[int, float]] = field(default_factory=dict)
+    evaluations: dict[int, float] = field(default_factory=dict)
+    choices: dict[int, Choice] = field(default_factory=dict)
+    switches: dict[str, Switch] = field(default_factory=dict)
+
+
+_LOGS: WeakKeyDictionary[GuidancePlan, RunLog] = WeakKeyDictionary()
+
+
+def last_log(plan: GuidancePlan) -> RunLog | None:
+    """The log of the last run that used this plan."""
+    return _LOGS.get(plan)
+
+
+def publish(plan: GuidancePlan, log: RunLog) -> None:
+    """From now on this is the last log of the plan."""
+    _LOGS[plan] = log
+
+
+def joined(logs: Sequence[RunLog]) -> RunLog:
+    """Several runs in a row as one log. When policies switched is left out: they did so in every run."""
+    whole = RunLog(batch=logs[0].batch)
+    for log in logs:
+        by_step = [(whole.curves.setdefault(label, {}), points) for label, points in log.curves.items()]
+        for target, points in (*by_step, (whole.evaluations, log.evaluations), (whole.choices, log.choices)):
+            target.update({whole.steps + step: value for step, value in points.items()})
+        whole.sigmas = [*whole.sigmas[: whole.steps], *log.sigmas]
+        for name in ("steps", "calls", "rows", "nfe", "saved", "seconds"):
+            setattr(whole, name, getattr(whole, name) + getattr(log, name))
+    return whole

@@ -1,0 +1,33 @@
+"""Step: where a model evaluation stands in the schedule, as a rule sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ..spaces import Layout
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a model evaluation stands. ``memory`` belongs to the rule it is handed to and lives as long as the run.
+
+    index: position in the schedule of the solver step, the same for all its stages.
+    sigma: noise level at the start of that step.
+    first: whether this is the first evaluation of the step.
+    covered: whether the step starts inside the rule's window.
+    flow: whether the model's path is x = (1 - t) x0 + t noise.
+    record: keeps a curve's values, one for each row, for this step.
+    """
+
+    index: int
+    sigma: float
+    first: bool
+    layout: Layout
+    memory: dict[str, Any] = field(default_factory=dict)
+    covered: bool = True
+    flow: bool = False
+    record: Callable[[str, Tensor], None] = lambda label, values: None
