@@ -32,7 +32,7 @@ AG_THRESHOLD = 0.991  # about NFE evaluations with both models: see benchmarks/g
 def linear(batch: Batch, *, model: str, cfg: float, steps: int) -> Tensor:
     """Pictures [B, 3, H, W] in [0, 1] by KSampler with LinearAG, fitted on other captions and other noise."""
     fitted = coefficients(model=model, cfg=cfg, steps=steps)
-    return with_model(batch, LodestarLinearAG.execute(batch.model(model), fitted).result[0], model, cfg, steps)
+    return with_model(batch, LodestarLinearAG.execute(batch.model(model), coefficients=fitted).result[0], model, cfg, steps)
 
 
 def with_model(batch: Batch, patcher: Any, model: str, cfg: float, steps: int) -> Tensor:
