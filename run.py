@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Lodestar's commands: demo, test, serve, bench, python. Standard library only; `python run.py -h` lists them.
+"""Lodestar's commands: demo, test, serve, bench, python. Standard library only; `python run.py` lists them.
 
 ComfyUI is set up on first use: the one that COMFYUI_PATH names, or else a pinned release in a per-user cache.
 """
@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 if sys.version_info < (3, 10):  # noqa: UP036
@@ -18,11 +19,24 @@ if sys.version_info < (3, 10):  # noqa: UP036
 
 sys.dont_write_bytecode = True  # nothing is written outside the cache
 
-from workshop.hosting import NEWEST, OLDEST, RELEASES, ROOT, Host, SetupError, cache_folder, cache_root, find_host  # noqa: E402
+from workshop.caching import cache_folder, cache_root  # noqa: E402
+from workshop.hosting import find_host  # noqa: E402
+from workshop.releases import NEWEST, OLDEST, RELEASES, ROOT, Host, SetupError  # noqa: E402
 from workshop.serving import ServerError, server  # noqa: E402
+
+COMMANDS = {  # what each does, and an example
+    "demo": ("make a comparison picture with all guidance methods", 'demo --prompt "a small red disc on a grey background"'),
+    "serve": ("start ComfyUI with this pack, on this machine only", "serve --port 8188"),
+    "test": ("run the tests; other arguments go to pytest", "test tests/shapers -q"),
+    "bench": ("measure: {benchmarks}", "bench cost --steps 4"),
+    "python": ("run a script in ComfyUI's Python, with this pack loaded", "python workshop/thumbnails.py apg"),
+}
 
 
 def main(argv: list[str]) -> int:
+    if not argv:
+        print(overview())
+        return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     command, args, rest = parse(argv)
     try:
@@ -32,6 +46,20 @@ def main(argv: list[str]) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def overview() -> str:
+    """What this can do, with an example line for each command."""
+    lines = ["Lodestar's commands, each with an example:", ""]
+    for command, (_, example) in COMMANDS.items():
+        lines += textwrap.wrap(about(command), 100, initial_indent=f"  {command:<8}", subsequent_indent=" " * 10)
+        lines += [f"          python run.py {example}", ""]
+    return "\n".join([*lines, "Options: python run.py -h, python run.py demo -h, python run.py bench cost -h"])
+
+
+def about(command: str) -> str:
+    """What a command does."""
+    return COMMANDS[command][0].format(benchmarks=", ".join(benchmarks()))
 
 
 def parse(argv: list[str]) -> tuple[str, argparse.Namespace, list[str]]:
@@ -47,7 +75,7 @@ def parse(argv: list[str]) -> tuple[str, argparse.Namespace, list[str]]:
     versions = ", ".join(release.comfyui for release in RELEASES)
     host.add_argument("--host", metavar="VERSION", help=f"ComfyUI version to use: {versions}")
 
-    demo = commands.add_parser("demo", parents=[host], help="make a comparison picture with all guidance methods")
+    demo = commands.add_parser("demo", parents=[host], help=about("demo"))
     demo.add_argument("--checkpoint", type=existing_file, metavar="FILE", help="a checkpoint to use instead of the demo model")
     demo.add_argument("--weak", type=existing_file, metavar="FILE", help="a weaker version of it, for autoguidance")
     demo.add_argument("--prompt", action="append", metavar="TEXT", help="what to show; may be repeated, one row each")
@@ -55,16 +83,16 @@ def parse(argv: list[str]) -> tuple[str, argparse.Namespace, list[str]]:
     demo.add_argument("--seed", type=int, metavar="N", help="seed of the noise")
     demo.add_argument("--out", type=Path, metavar="DIR", help="folder for the results (default: in the cache)")
 
-    commands.add_parser("test", parents=[host], help="run the tests; other arguments go to pytest", allow_abbrev=False, add_help=False)
+    commands.add_parser("test", parents=[host], help=about("test"), allow_abbrev=False, add_help=False)
 
-    serve = commands.add_parser("serve", parents=[host], help="start ComfyUI with this pack, on this machine only")
+    serve = commands.add_parser("serve", parents=[host], help=about("serve"))
     serve.add_argument("--port", type=int, default=8188, metavar="N", help="port to listen on (default: 8188)")
 
-    bench = commands.add_parser("bench", help=f"measure: {', '.join(benchmarks())}", add_help=False)
+    bench = commands.add_parser("bench", help=about("bench"), add_help=False)
     bench.add_argument("name", choices=benchmarks(), metavar="NAME")
     bench.add_argument("arguments", nargs=argparse.REMAINDER)
 
-    script = commands.add_parser("python", help="run a script in ComfyUI's Python, with this pack loaded", add_help=False)
+    script = commands.add_parser("python", help=about("python"), add_help=False)
     script.add_argument("file", type=existing_file, metavar="FILE")
     script.add_argument("arguments", nargs=argparse.REMAINDER)
 

@@ -25,8 +25,8 @@ from comfy_extras import nodes_apg, nodes_custom_sampler, nodes_pag
 from tqdm import tqdm
 
 from lodestar.benchmarks._flops import counted_flops
+from lodestar.benchmarks._sampling import empty
 from lodestar.demo import models
-from lodestar.demo.shapes import SIZE
 from lodestar.guiders.cfgpp.sampler import cfgpp_sampler
 from lodestar.guiders.learning.recognition import setting_of
 from lodestar.guiders.learning.setting import Setting
@@ -237,7 +237,7 @@ def counted(model: Any, count: Count) -> Any:
 
 def sample(guider: Any, sigmas: torch.Tensor, sampler: Any, batch: int) -> torch.Tensor:
     """Noise from the seed, then the method's sampler."""
-    latent = torch.zeros(batch, 3, SIZE, SIZE)
+    latent = empty(batch)
     noise = comfy.sample.prepare_noise(latent, SEED)
     return guider.sample(noise, latent, sampler, sigmas, disable_pbar=True, seed=SEED)
 

@@ -12,14 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import comfy.sample
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
+from lodestar.benchmarks._sampling import decoded, empty, ksampler, prompts
 from lodestar.demo import classifier, models
-from lodestar.demo.shapes import ATTRIBUTES, SIZE, Scenes, captions, draw, random_scenes
+from lodestar.demo.shapes import ATTRIBUTES, Scenes, captions, draw, random_scenes
 from lodestar.pictures import sheets
 from lodestar.pictures.text import write
 
@@ -78,11 +78,11 @@ def classify(net: classifier.AttributeClassifier, pictures: Tensor) -> dict[str,
 
 def measure(net: classifier.AttributeClassifier, model: str, strength: str, scenes: Scenes) -> Sampled:
     """Sample every scene's caption and classify the pictures."""
-    patcher, clip, vae = models.load_model(model, strength), models.load_clip(), models.load_vae()
+    patcher = models.load_model(model, strength)
     pictures = []
     with tqdm(total=len(scenes), desc=f"{model} {strength}", unit="picture") as bar:
         for number, part in enumerate(batches(scenes)):
-            pictures.append(sample(patcher, clip, vae, captions(part), models.SCHEDULERS[model], SEED + number))
+            pictures.append(sample(patcher, captions(part), models.SCHEDULERS[model], SEED + number))
             bar.update(len(part))
     together = torch.cat(pictures)
     return Sampled(together, classifier.correct(classify(net, together), scenes))
@@ -95,13 +95,9 @@ def batches(scenes: Scenes) -> Iterator[Scenes]:
 
 
 @torch.inference_mode()
-def sample(patcher: Any, clip: Any, vae: Any, texts: Sequence[str], scheduler: str, seed: int) -> Tensor:
-    """What KSampler and VAEDecode do, with a caption of its own for each picture: [B, 3, H, W] in [0, 1]."""
-    latent = torch.zeros(len(texts), 3, SIZE, SIZE)
-    noise = comfy.sample.prepare_noise(latent, seed)
-    conds = (models.encode(clip, texts), models.encode(clip, [""]))
-    out = comfy.sample.sample(patcher, noise, STEPS, CFG, "euler", scheduler, *conds, latent, disable_pbar=True, seed=seed)
-    return vae.decode(out).movedim(-1, 1).float().cpu()
+def sample(patcher: Any, texts: Sequence[str], scheduler: str, seed: int) -> Tensor:
+    """A picture for each caption, [B, 3, H, W] in [0, 1]."""
+    return decoded(ksampler(patcher, prompts(texts), empty(len(texts)), steps=STEPS, cfg=CFG, scheduler=scheduler, seed=seed))
 
 
 def sizes() -> dict[str, float]:

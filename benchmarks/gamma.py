@@ -12,12 +12,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import comfy.sample
 import torch
 from torch import Tensor
 
+from lodestar.benchmarks._sampling import empty, ksampler, prompts
 from lodestar.demo import models
-from lodestar.demo.shapes import SIZE, captions, random_scenes
+from lodestar.demo.shapes import captions, random_scenes
 from lodestar.guiders.policies.adaptive import SPACES, Space, gamma, in_space
 from lodestar.guiders.spaces import Layout, is_flow
 
@@ -43,9 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 @torch.inference_mode()
-def curves(model: str, space: Space, cfg: float, steps: int, prompts: int, sampler: str) -> Tensor:
+def curves(model: str, space: Space, cfg: float, steps: int, count: int, sampler: str) -> Tensor:
     """gamma [T, N] of every step and caption in CFG runs."""
-    patcher, clip = models.load_model(model, "main"), models.load_clip()
+    patcher = models.load_model(model, "main")
     flow = is_flow(patcher.get_model_object("model_sampling"))
     found: list[Tensor] = []
 
@@ -56,12 +56,9 @@ def curves(model: str, space: Space, cfg: float, steps: int, prompts: int, sampl
 
     patcher = patcher.clone()
     patcher.set_model_sampler_post_cfg_function(post_cfg)
-    texts = captions(random_scenes(prompts, torch.Generator().manual_seed(SEED)))
-    latent = torch.zeros(prompts, 3, SIZE, SIZE)
-    noise = comfy.sample.prepare_noise(latent, SEED)
-    conds = (models.encode(clip, texts), models.encode(clip, [""]))
-    scheduler = models.SCHEDULERS[model]
-    comfy.sample.sample(patcher, noise, steps, cfg, sampler, scheduler, *conds, latent, disable_pbar=True, seed=SEED)
+    texts = captions(random_scenes(count, torch.Generator().manual_seed(SEED)))
+    settings = {"steps": steps, "cfg": cfg, "sampler": sampler, "scheduler": models.SCHEDULERS[model]}
+    ksampler(patcher, prompts(texts), empty(count), seed=SEED, **settings)
     return torch.stack(found)
 
 

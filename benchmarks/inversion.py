@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lodestar.benchmarks.effects.cells import SEED, Batch, decoded
+from lodestar.benchmarks._sampling import decoded
+from lodestar.benchmarks.effects.cells import SEED, Batch
 from lodestar.demo import classifier, models
 from lodestar.demo.shapes import ATTRIBUTES, SIZE, Scenes, captions, draw, random_scenes
 from lodestar.guiders.cfgpp.inversion import LARGEST_TIME, Inversion

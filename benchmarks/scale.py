@@ -20,7 +20,6 @@ from typing import Any
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
-import comfy.sample
 import comfy.sd
 import comfy.supported_models
 import comfy.utils
@@ -31,6 +30,7 @@ from einops import rearrange
 from torch import Tensor
 
 from lodestar.benchmarks._flops import counted_flops
+from lodestar.benchmarks._sampling import Conds, ksampler
 from lodestar.guiders.frecas.cascade import Cascade
 from lodestar.guiders.frecas.stages import Stage
 
@@ -231,21 +231,18 @@ def timed_run(run: Callable[..., Tensor], model: Any, vae: Any, stages: Sequence
     return time.perf_counter() - began, torch.cuda.max_memory_allocated()
 
 
-def run_direct(model: Any, vae: Any, stages: Sequence[Stage], conds: tuple[list, list]) -> Tensor:
+def run_direct(model: Any, vae: Any, stages: Sequence[Stage], conds: Conds) -> Tensor:
     """One KSampler, then a second one on the enlarged latent if there is a second size; the picture."""
     latent, denoise = _empty(model, stages[0]), 1.0
     for stage in stages:
         size = stage.width // PIXELS, stage.height // PIXELS
         latent = comfy.utils.common_upscale(latent, *size, "nearest-exact", "disabled")
-        noise = comfy.sample.prepare_noise(latent, 1)
-        latent = comfy.sample.sample(
-            model, noise, stage.steps, CFG, "euler", "normal", *conds, latent, denoise=denoise, disable_pbar=True, seed=1
-        )
+        latent = ksampler(model, conds, latent, steps=stage.steps, cfg=CFG, scheduler="normal", seed=1, denoise=denoise)
         denoise = DENOISE
     return vae.decode(latent)
 
 
-def run_frecas(model: Any, vae: Any, stages: Sequence[Stage], conds: tuple[list, list]) -> Tensor:
+def run_frecas(model: Any, vae: Any, stages: Sequence[Stage], conds: Conds) -> Tensor:
     """The cascade; the picture."""
     cascade = Cascade(
         model=model, vae=vae, stages=stages, cfg=CFG, sampler="euler", scheduler="normal", gamma=-1.0, high_scale=35.0, map_weight=0.6

@@ -1,4 +1,4 @@
-"""What a policy search keeps in memory: ``python run.py python benchmarks/search_memory.py [--size PIXELS] [--batch N]``.
+"""What a policy search keeps in memory: ``python run.py bench search_memory [--size PIXELS] [--batch N]``.
 
 One step's way forward and back through an UNet of SDXL's shape in float16, both prompts in one call, as the search does it. Tensors are
 on torch's meta device: their sizes are counted and nothing is computed, so that the figures are those of the algorithm on any machine,

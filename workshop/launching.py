@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
         alias_pack_without_host()
         run_script(*rest)
     else:  # "python"
-        from workshop.hosting import cache_folder
+        from workshop.caching import cache_folder
 
         os.environ.setdefault("LODESTAR_BASE", str(cache_folder("base", str(ROOT))))
         load_pack()
@@ -80,7 +80,7 @@ def load_host() -> Path:
 @functools.cache
 def alias_pack_without_host() -> ModuleType:
     """Import this repository as the package `lodestar`, whatever its folder is called. Needs no host."""
-    from workshop.hosting import PACK
+    from workshop.releases import PACK
 
     spec = importlib.util.spec_from_file_location(PACK, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
     module = importlib.util.module_from_spec(spec)
@@ -186,7 +186,7 @@ def end_with(parent: int) -> None:
 def run_pytest(args: Sequence[str]) -> int:
     import pytest
 
-    from workshop.hosting import cache_folder
+    from workshop.caching import cache_folder
 
     return int(pytest.main(["-o", f"cache_dir={cache_folder('pytest', str(ROOT))}", *args]))
 

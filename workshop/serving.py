@@ -18,10 +18,12 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from workshop.hosting import PACK, ROOT, SetupError, cache_root
+from workshop.caching import cache_root
+from workshop.releases import PACK, ROOT, SetupError
 
 # Linux has an accelerator only with one of these in /dev.
 DEVICES = ("nvidiactl", "dxg", "kfd", "dri", "davinci_manager", "accel")
+PATIENCE = 1.0  # seconds for each of the signals that end a server
 NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -226,7 +228,7 @@ def copy_output(process: subprocess.Popen[bytes], log: Path, echo: bool) -> None
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End the process and what it started: politely, then by force."""
+    """End the process and what it started: politely, then by force. The host heeds an interrupt at once; its threads may outlive it."""
     if os.name == "nt":
         subprocess.run(["taskkill", "/F", "/T", "/PID", str(process.pid)], capture_output=True)
         process.wait()
@@ -237,7 +239,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(5)
+            process.wait(PATIENCE)
 
 
 def wait_until_it_answers(address: ServerAddress, seconds: float) -> None:

@@ -24,7 +24,7 @@ from lodestar.benchmarks.effects import pictures, report
 from lodestar.benchmarks.effects.cells import PACK, PER_CAPTION, Cache, Cell
 from lodestar.benchmarks.effects.claims import Results
 from lodestar.benchmarks.effects.methods import Method, methods
-from workshop.hosting import cache_folder
+from workshop.caching import cache_folder
 
 RESULTS = PACK / "benchmarks" / "results"
 MADE, DONE = "lodestar-made", "lodestar-done"  # a worker's lines

@@ -7,7 +7,6 @@ picture by picture.
 from __future__ import annotations
 
 import ast
-import asyncio
 import hashlib
 import importlib
 import json
@@ -19,9 +18,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import comfy.model_management
-import comfy.sample
-import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP
 from safetensors import safe_open
@@ -29,9 +25,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lodestar.benchmarks._flops import counted_flops
+from lodestar.benchmarks._sampling import decoded, empty, ksampler
 from lodestar.demo import models
-from lodestar.demo.shapes import SIZE, Scenes, captions, random_scenes
-from lodestar.nodes import Lodestar
+from lodestar.demo.shapes import Scenes, captions, random_scenes
+from nodes import NODE_CLASS_MAPPINGS
 
 PACK = Path(__file__).resolve().parents[2]
 PER_CAPTION = 4  # pictures of each caption, for the variety within one
@@ -104,9 +101,10 @@ class Batch:
         """One sentence a picture."""
         return captions(self.scenes)
 
-    def noise(self, size: int = SIZE) -> Tensor:
-        """The host's noise [B, 3, size, size] for this batch's seed."""
-        return comfy.sample.prepare_noise(torch.zeros(len(self.scenes), 3, size, size), self.seed)
+    @property
+    def latent(self) -> Tensor:
+        """What sampling begins with, [B, 3, H, W]."""
+        return empty(len(self.scenes))
 
     def model(self, kind: str, strength: str = "main") -> Any:
         """A demo model whose evaluations are counted."""
@@ -129,14 +127,8 @@ def sampled(
     clip, texts = _clip(), batch.captions
     nothing = models.encode(clip, [""] * len(texts))
     positive = models.encode(clip, texts) if prompts else nothing
-    noise, scheduler = batch.noise(), models.SCHEDULERS[model]
-    conds, nowhere = (positive, nothing), torch.zeros_like(noise)
-    return decoded(comfy.sample.sample(patcher, noise, steps, cfg, sampler, scheduler, *conds, nowhere, disable_pbar=True, seed=batch.seed))
-
-
-def decoded(latent: Tensor) -> Tensor:
-    """The VAE's pictures [B, 3, H, W] in [0, 1]."""
-    return models.load_vae().decode(latent).movedim(-1, 1).float().cpu()
+    settings = {"steps": steps, "cfg": cfg, "sampler": sampler, "scheduler": models.SCHEDULERS[model]}
+    return decoded(ksampler(patcher, (positive, nothing), batch.latent, seed=batch.seed, **settings))
 
 
 # --- making and caching ----------------------------------------------------------------------------------------------
@@ -230,9 +222,8 @@ def _clip() -> Any:
     return models.load_clip()
 
 
-@cache
 def _node_class(id: str) -> Any:
-    return {cls.define_schema().node_id: cls for cls in asyncio.run(Lodestar().get_node_list())}[id]
+    return NODE_CLASS_MAPPINGS[id]
 
 
 def _nodes(settings: Iterable[tuple[str, Any]]) -> list[Node]:

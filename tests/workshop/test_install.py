@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from workshop import api, hosting, serving
+from workshop import api, caching, installing, releases, serving
 
 ROOT = Path(__file__).parents[2]
 NODE = re.compile(r'node_id="(Lodestar\w+)"')
@@ -29,8 +29,8 @@ NODE = re.compile(r'node_id="(Lodestar\w+)"')
 def tools():
     """Where the Manager and the registry's command line are installed; skips without a network on first use."""
     try:
-        return hosting.test_packages(Path(sys.executable), "requirements-registry.txt")
-    except hosting.SetupError as error:
+        return installing.test_packages(Path(sys.executable), "requirements-registry.txt")
+    except releases.SetupError as error:
         pytest.skip(f"ComfyUI Manager and comfy-cli cannot be installed: {error}")
 
 
@@ -78,7 +78,7 @@ def python_with(folder, tools):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     reach = [str(tools), *(entry for entry in sys.path if entry.endswith("site-packages"))]
     next(folder.rglob("site-packages")).joinpath("reach.pth").write_text("\n".join(reach), encoding="utf-8")
-    return hosting.python_in(folder)
+    return installing.python_in(folder)
 
 
 def run(python, *args, cwd=ROOT, **environment):
@@ -106,7 +106,7 @@ def started(comfy, folder):
 
 def nodes_of_the_pack():
     """The ids of all nodes, as the sources have them."""
-    return {name for file in (ROOT / "nodes").glob("*.py") for name in NODE.findall(file.read_text(encoding="utf-8"))}
+    return {name for file in (ROOT / "nodes").rglob("*.py") for name in NODE.findall(file.read_text(encoding="utf-8"))}
 
 
 def check_that_it_works(comfy, folder):
@@ -148,7 +148,7 @@ def served(folder):
 def test_manager_installs_and_removes_it(comfy, repository, tools, tmp_path):
     """By the Manager's command line and a git address; what it clones works; nothing is left of it."""
     bare, _ = repository
-    places = {"COMFYUI_PATH": str(comfy), "HOME": str(tmp_path), "UV_CACHE_DIR": str(hosting.cache_root() / "uv")}
+    places = {"COMFYUI_PATH": str(comfy), "HOME": str(tmp_path), "UV_CACHE_DIR": str(caching.cache_root() / "uv")}
     manager = functools.partial(run, python_with(tmp_path / "python", tools), "-m", "cm_cli", **places)
     before = files(comfy)
     with served(bare.parent) as address:
@@ -202,6 +202,6 @@ def test_metadata_is_complete():
     assert re.fullmatch(r"[a-z][a-z0-9-]{1,98}", project["name"]) and re.fullmatch(r"\d+\.\d+\.\d+", project["version"])
     assert project["license"] == {"file": "LICENSE"} and project["dependencies"] == []
     assert registry["PublisherId"] and registry["DisplayName"] == "Lodestar" and (ROOT / "docs" / "icon.png").is_file()
-    assert registry["requires-comfyui"] == f">={hosting.OLDEST.comfyui}"
+    assert registry["requires-comfyui"] == f">={releases.OLDEST.comfyui}"
     first = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert first and first[1] in (project["version"], "Unreleased")

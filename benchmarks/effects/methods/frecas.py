@@ -11,13 +11,14 @@ import numpy as np
 from skimage.measure import label
 from torch import Tensor
 
+from lodestar.benchmarks._sampling import decoded, prompts
 from lodestar.demo import models
 from lodestar.demo.models import MODELS
 from lodestar.demo.shapes import SIZE, background_rgb, colour_rgb
 from lodestar.guiders.frecas.cascade import Cascade
 from lodestar.guiders.shapers.frequency import low_pass
 
-from ..cells import Batch, Cell, decoded
+from ..cells import Batch, Cell
 from ..claims import Claim, Results
 from ..metrics import ACCURACY, FRECHET, Metric, Moments, OfRows, Pictures, frechet_distance, mean_of
 from . import Curve, Method
@@ -36,9 +37,8 @@ def enlarged(batch: Batch, *, model: str, stages: str, gamma: float, high_scale:
         stages, model=batch.model(model), vae=models.load_vae(), cfg=CFG, sampler="euler", scheduler=models.SCHEDULERS[model],
         gamma=gamma, high_scale=high_scale, map_weight=map_weight,
     )  # fmt: skip
-    clip, texts = models.load_clip(), batch.captions
-    prompts = models.encode(clip, texts), models.encode(clip, [""] * len(texts))
-    return decoded(cascade.sample(*prompts, batch.seed + seed, cascade.latent(None, len(texts)))[-1]["samples"])
+    latent = cascade.latent(None, len(batch.scenes))
+    return decoded(cascade.sample(*prompts(batch.captions), batch.seed + seed, latent)[-1]["samples"])
 
 
 def cell(model: str, name: str, stages: str, gamma: float | None = None, high: float = HIGH, maps: float = 0.6, seed: int = 0) -> Cell:

@@ -5,20 +5,20 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import comfy.sample
 import comfy.samplers
 import torch
 from torch import Tensor
 
+from lodestar.benchmarks._sampling import decoded, empty, ksampler, prompts
 from lodestar.demo import models
 from lodestar.demo.models import MODELS
-from lodestar.demo.shapes import SIZE, captions, random_scenes
+from lodestar.demo.shapes import captions, random_scenes
 from lodestar.guiders.learning.runs import Runs
 from lodestar.guiders.policies.linear_ag.coefficients import Coefficients
 from lodestar.guiders.policies.linear_ag.fit import fit
 from lodestar.nodes.policies.linear_ag import LodestarLinearAG
 
-from ..cells import Batch, Cell, decoded
+from ..cells import Batch, Cell
 from ..claims import Claim, Results
 from ..metrics import ACCURACY, FRECHET, similarity_to
 from . import Curve, Method, cfg
@@ -37,13 +37,8 @@ def linear(batch: Batch, *, model: str, cfg: float, steps: int) -> Tensor:
 
 def with_model(batch: Batch, patcher: Any, model: str, cfg: float, steps: int) -> Tensor:
     """Pictures [B, 3, H, W] in [0, 1] by KSampler with a guided MODEL."""
-    clip, noise = models.load_clip(), batch.noise()
-    conds = models.encode(clip, batch.captions), models.encode(clip, [""])  # one row, as it was fitted
-    schedule = models.SCHEDULERS[model]
-    latent = comfy.sample.sample(
-        patcher, noise, steps, cfg, "euler", schedule, *conds, torch.zeros_like(noise), disable_pbar=True, seed=batch.seed
-    )
-    return decoded(latent)
+    settings = {"steps": steps, "cfg": cfg, "scheduler": models.SCHEDULERS[model]}
+    return decoded(ksampler(patcher, prompts(batch.captions), batch.latent, seed=batch.seed, **settings))
 
 
 @cache
@@ -61,7 +56,7 @@ def runs_to_learn_from(model: str, cfg: float, steps: int, number: int, together
         model=patcher,
         positive=[models.encode(clip, captions(random_scenes(together, generator, pairs=0.0))) for _ in range(number)],
         negative=models.encode(clip, [""]),
-        latent={"samples": torch.zeros(together, 3, SIZE, SIZE)},
+        latent={"samples": empty(together)},
         sampler=comfy.samplers.sampler_object("euler"),
         sigmas=comfy.samplers.calculate_sigmas(patcher.get_model_object("model_sampling"), models.SCHEDULERS[model], steps),
         cfg=cfg,
