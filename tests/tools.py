@@ -169,6 +169,11 @@ def log_of(model: Any) -> Any:
     return last_log(plan_of(model.model_options))
 
 
+def curves_of(log: Any) -> dict[str, dict[int, float]]:
+    """A log's curves by the name of what they show."""
+    return {quantity.name: curve for quantity, curve in log.curves.items()}
+
+
 # --- guided models ---------------------------------------------------------------------------------------------------
 
 

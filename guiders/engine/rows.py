@@ -22,7 +22,7 @@ from .run import Run
 
 
 def outermost(wrappers: dict[str, list], ours: list) -> dict[str, list]:
-    """Wrappers of one kind with ours around the others: lanes are still the guider's there, and the others see no row that is left out."""
+    """Wrappers of one kind with ours around the others: rows are still the sampler's there, and the others see no row that is left out."""
     return {LODESTAR: ours} | {key: others for key, others in wrappers.items() if key != LODESTAR}
 
 
@@ -33,15 +33,17 @@ def apply_model(executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) 
     if run is None:  # called outside of a sampling run
         return executor(x, t, *args, **kwargs)
 
+    fused = run.evaluation.call
+
     def call(x: Tensor, t: Tensor, options: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        branches = [run.branch_of(label) for label in _labels(options)]
+        branches = [fused.branch_of(label) for label in _labels(options)]
         for variant in dict.fromkeys(branch.variant for branch in branches if branch is not None):
             options = variant.patch(options, [branch is not None and branch.variant == variant for branch in branches])
         args, kwargs = with_options(options, args, kwargs)
         return executor(x, t, *args, **kwargs)
 
     chunks = len(_labels(options))
-    groups = _groups([run.rows_of(label) for label in _labels(options)], len(x) / chunks)
+    groups = _groups([fused.rows_of(label) for label in _labels(options)], len(x) / chunks)
     if groups is None:
         run.count(len(x), chunks)
         return call(x, t, options, args, kwargs)
@@ -49,13 +51,13 @@ def apply_model(executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) 
     out = None
     for members, rows in groups:
         batch = len(x) // chunks
-        places = [batch * member + row for member in members for row in rows]
-        run.count(len(places), len(places) / batch)
-        take = _Selection(len(x), on_device_of(x, places))
+        indices = [batch * member + row for member in members for row in rows]
+        run.count(len(indices), len(indices) / batch)
+        take = _Selection(len(x), on_device_of(x, indices))
         named = {name: value if name in constant else take(value) for name, value in kwargs.items()}
         part = call(take(x), take(t), _narrowed(options, members, rows, batch), tuple(take(arg) for arg in args), named)
         out = part.new_zeros(len(x), *part.shape[1:]) if out is None else out
-        out[take.places] = part
+        out[take.indices] = part
     return out
 
 
@@ -82,13 +84,13 @@ def _groups(needed: list[Rows], batch: float) -> list[tuple[list[int], list[int]
 class _Selection:
     """Some entries of whatever has one entry for each of ``size`` rows; everything else as it is."""
 
-    def __init__(self, size: int, places: Tensor) -> None:
-        self.size, self.places = size, places
+    def __init__(self, size: int, indices: Tensor) -> None:
+        self.size, self.indices = size, indices
 
     def __call__(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             own = value.ndim > 0 and len(value) == self.size
-            return value[self.places.to(value.device)] if own else value
+            return value[self.indices.to(value.device)] if own else value
         if isinstance(value, dict) and RUN not in value:  # transformer_options are narrowed apart
             return {name: self(part) for name, part in value.items()}
         if isinstance(value, list):
@@ -118,9 +120,9 @@ def _narrowed(options: dict[str, Any], members: list[int], rows: list[int], batc
 
 def with_host_labels(run: Run, function: Callable, apply: Callable, arguments: dict[str, Any]) -> Tensor:
     """The host's slot around apply_model: from here inwards nobody sees the labels of extra branches."""
-    lanes = arguments["cond_or_uncond"]
-    labels = run.host_labels(lanes)
-    options = arguments["c"]["transformer_options"] | {LABELS: lanes, "cond_or_uncond": labels}
+    labels = run.evaluation.call.host_labels(arguments["cond_or_uncond"])
+    own = {LABELS: arguments["cond_or_uncond"], "cond_or_uncond": labels}
+    options = arguments["c"]["transformer_options"] | own
     return function(apply, arguments | {"cond_or_uncond": labels, "c": arguments["c"] | {"transformer_options": options}})
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..spaces import is_flow, reparametrise
 from .choice import Rows
+from .evaluation import FusedCall
 from .keys import PLAN, RUN
 from .plan import GuidancePlan
 from .rows import apply_model, outermost
@@ -70,5 +71,5 @@ class Weak:
     def predict(self, x: Tensor, sigma: Tensor, rows: Rows) -> Tensor:
         """The weak model's denoised prediction [B, ...] at the main model's noisy point, for some rows of the batch."""
         x, sigma = reparametrise(x, sigma, self.main_flow, self.flow)
-        with self.run.only(rows):
+        with self.run.evaluation.calling(FusedCall(rows=(rows,))):
             return comfy.samplers.calc_cond_batch(self.model, [self.conds], x, sigma, self.options)[0]

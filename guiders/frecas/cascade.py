@@ -27,7 +27,7 @@ from .levels import first_sigmas, next_sigmas
 from .map_patches import with_maps
 from .maps import Maps
 from .stages import NAME, Stage, gamma_of, ratio, read_stages
-from .transition import Start, decode, empty_latent, encode, first_start, next_start, rescale_conditioning, resize
+from .transition import StageStart, decode, empty_latent, encode, first_start, next_start, rescale_conditioning, resize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ class Cascade:
             publish(plan, joined(logs))
         return [{"samples": result} for result in results]
 
-    def _start(self, index: int, known: _Known, results: Sequence[Tensor], sigmas: Tensor, seed: int) -> Start:
+    def _start(self, index: int, known: _Known, results: Sequence[Tensor], sigmas: Tensor, seed: int) -> StageStart:
         """A stage before it is sampled, given the results of those before it."""
         stage = self.stages[index]
         if index == 0:
@@ -99,7 +99,7 @@ class Cascade:
         paste = None if known.mask is None else partial(known.outside, stage=stage)
         return next_start(self.model, self.vae, stage, index, results[-1], sigmas, seed, self.resize, known.batch_index, paste)
 
-    def _sampled(self, guider: Any, start: Start, known: _Known, callback: Callable) -> Tensor:
+    def _sampled(self, guider: Any, start: StageStart, known: _Known, callback: Callable) -> Tensor:
         """What the sampler makes of a stage [B, C, ...]."""
         solver, quiet = comfy.samplers.sampler_object(self.sampler), not comfy.utils.PROGRESS_BAR_ENABLED
         noise = start.noise(known.batch_index)

@@ -72,7 +72,7 @@ class _Reuse:
         """One forward pass, with attention replaced where maps are mixed or collected."""
         options = options_of(args, kwargs)
         run = options.get(RUN)
-        last = run is not None and run.first and run.index == len(run.sigmas) - 2
+        last = run is not None and run.evaluation.first and run.evaluation.index == run.log.steps - 1
         if run is None or (self.use is None and not last):
             return executor(x, t, *args, **kwargs)
         rows, entries = options.get(NARROWED, (None, options["uuids"]))

@@ -95,7 +95,7 @@ def renoise(model: Any, latent: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
 # --- what a sampler needs for a stage --------------------------------------------------------------------------------
 
 
-class Start(NamedTuple):
+class StageStart(NamedTuple):
     """A stage before it is sampled: its latent [B, C, ...], its levels, its seed, and whether the sampler is to add that seed's noise."""
 
     latent: Tensor
@@ -117,30 +117,30 @@ def empty_latent(model: Any, vae: Any, stage: Stage, batch: int) -> Tensor:
     return torch.zeros(batch, latent_format.latent_channels, *frames, stage.height // pixels, stage.width // pixels)
 
 
-def first_start(latent: Tensor, sigmas: Tensor, seed: int) -> Start:
+def first_start(latent: Tensor, sigmas: Tensor, seed: int) -> StageStart:
     """The first stage, from a clean latent."""
-    return Start(latent, sigmas, stage_seed(seed, 0), add_noise=True)
+    return StageStart(latent, sigmas, stage_seed(seed, 0), add_noise=True)
 
 
 def next_start(
     model: Any, vae: Any, stage: Stage, number: int, denoised: Tensor, sigmas: Tensor, seed: int, method: str,
     batch_index: Any = None, paste: Callable[[Tensor], Tensor] | None = None,
-) -> Start:  # fmt: skip
+) -> StageStart:  # fmt: skip
     """Stage ``number``, from the clean estimate of the one before: enlarged by ``method`` (one of RESIZES), then noisy.
 
     paste: puts what an inpainting run knows into the clean latent; the host's inpainting wants that without noise.
     """
     clean = enlarge(vae, denoised, stage.width, stage.height, method)
     if paste is not None:
-        return Start(paste(clean), sigmas, stage_seed(seed, number), add_noise=True)
+        return StageStart(paste(clean), sigmas, stage_seed(seed, number), add_noise=True)
     noisy = renoise(model, clean, sigmas[0], stage_noise(clean, seed, number, batch_index))
-    return Start(noisy, sigmas, stage_seed(seed, number), add_noise=False)
+    return StageStart(noisy, sigmas, stage_seed(seed, number), add_noise=False)
 
 
 # --- the steps of a cascade one by one, for graphs -------------------------------------------------------------------
 
 
-def begin(model: Any, vae: Any, stage: Stage, scheduler: str, seed: int, batch: int) -> Start:
+def begin(model: Any, vae: Any, stage: Stage, scheduler: str, seed: int, batch: int) -> StageStart:
     """A first stage from nothing. Raises ValueError for a size or an end that cannot be."""
     check_size(stage.width, stage.height, size_multiple(model, vae.spacial_compression_encode()))
     return first_start(empty_latent(model, vae, stage, batch), first_sigmas(model, scheduler, stage), seed)
@@ -149,7 +149,7 @@ def begin(model: Any, vae: Any, stage: Stage, scheduler: str, seed: int, batch: 
 def advance(
     model: Any, vae: Any, stage: Stage, scheduler: str, seed: int, number: int, gamma: float, method: str,
     denoised: dict[str, Any] | None, sigmas: Tensor | None,
-) -> Start:  # fmt: skip
+) -> StageStart:  # fmt: skip
     """Stage ``number`` after one whose ``denoised`` LATENT and levels are given. gamma: below 0 for the authors' with two stages.
 
     Raises ValueError for a size, an end or a latent that cannot be.

@@ -38,7 +38,7 @@ class Listener:
     def present(self) -> bool:
         return self.here
 
-    def tell(self, message) -> None:
+    def send(self, message) -> None:
         self.messages.append(json.loads(json.dumps(message, allow_nan=False)))
 
 
@@ -122,8 +122,8 @@ def test_messages_lead_up_to_the_log(listener):
     assert set(last["nodes"]) == {"1", "2"}  # the third one is neutral
     for node, name in (("1", APG.name), ("2", "Perturbed-Attention Guidance (PAG)")):
         curve = last["nodes"][node]
-        assert curve["curve"] == name and not curve["policy"] and "switch" not in curve
-        assert dict(curve["points"]) == pytest.approx(log.curves[name], rel=1e-4)
+        assert (curve["curve"], curve["kind"]) == (name, "update") and not curve["policy"] and "switch" not in curve
+        assert dict(curve["points"]) == pytest.approx(tools.curves_of(log)[name], rel=1e-4)
         for number, message in enumerate(on_the_way, 1):
             assert message["nodes"][node]["points"] == curve["points"][:number]  # whole series: what was missed does not matter
 
@@ -152,6 +152,7 @@ def test_the_switch_of_adaptive_guidance(listener, switch):
     steps = list(log.switches[AdaptiveGuidance.name].steps)
     last = listener.messages[-1]
     assert last["nodes"]["1"]["switch"] == {"threshold": 0.99, "steps": steps}
+    assert last["nodes"]["1"]["kind"] == "cosine"
     assert last["nodes"]["1"]["policy"] and last["saved"] == pytest.approx(log.saved, abs=0.01) and last["saved"] > 0
     for message in listener.messages:  # every picture's switch is known from the step on in which it happens
         told = message["nodes"]["1"]["switch"]["steps"] or [None] * 3
@@ -207,23 +208,6 @@ def test_a_plan_forgets_no_node():
     assert [entry.node for entry in plan.entries] == ["1", None, "3"] and len(plan.rules) == 3
 
 
-# --- curves ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))])
-def test_values_arrive_in_order_and_none_is_lost(device):
-    kept = curves.Curves()
-    for step in range(50):
-        kept.record("a", step, torch.tensor(float(step), device=device))
-        if step % 2:
-            kept.record("b", step, torch.tensor(-float(step)))  # some values are on the host whatever the device
-        kept.collect_ready()
-    kept.read()
-    assert list(kept.values) == ["a", "b"]
-    assert kept.values["a"] == {step: float(step) for step in range(50)} and list(kept.values["a"]) == list(range(50))
-    assert kept.values["b"] == {step: -float(step) for step in range(1, 50, 2)}
-
-
 # --- the cascade -----------------------------------------------------------------------------------------------------
 
 
@@ -271,7 +255,7 @@ def test_the_cfgpp_sampler_of_a_node(listener):
     setattr(sampler, telemetry.NODE, "5")
     assert run_it().equal(plain)
     curve = listener.messages[-1]["nodes"]["5"]
-    assert curve["curve"] == "CFG update" and [step for step, _ in curve["points"]] == list(range(5))
+    assert (curve["curve"], curve["kind"]) == ("CFG update", "update") and [step for step, _ in curve["points"]] == list(range(5))
 
 
 # --- the server ------------------------------------------------------------------------------------------------------

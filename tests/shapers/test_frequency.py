@@ -7,6 +7,7 @@ import torch
 from fa_cfg_reference import fa_cfg
 from torch import Tensor
 
+from lodestar.guiders.engine.start import Start
 from lodestar.guiders.engine.step import Step
 from lodestar.guiders.shapers.frequency import FrequencyGuidance, banded, low_pass
 from lodestar.guiders.spaces import Layout
@@ -88,9 +89,9 @@ def test_half_precision():
 
 def test_latents_that_do_not_fit():
     with pytest.raises(ValueError, match=r"low band of 5x4 latent pixels is larger than the latent of 4x8; set low_width"):
-        rule().check((1, 4, 8, 4))
+        rule().check(Start(None, None, None, (1, 4, 8, 4)))
     with pytest.raises(ValueError, match="needs a latent with height and width"):
-        rule().check((1, 1, 100))
+        rule().check(Start(None, None, None, (1, 1, 100)))
 
 
 # --- in the host -----------------------------------------------------------------------------------------------------
