@@ -20,8 +20,8 @@ from lodestar.nodes.policies.linear_ag import LodestarLinearAG
 
 from ..cells import Batch, Cell
 from ..claims import Claim, Results
+from ..method import Curve, Method, cfg
 from ..metrics import ACCURACY, FRECHET, similarity_to
-from . import Curve, Method, cfg
 from .adaptive_guidance import SCALE, STEPS, WHY, adaptive, fewer_steps, step_ag
 
 NFE = 25
