@@ -220,17 +220,7 @@ def test_a_worker_that_fails_says_why(effects, tmp_path):
         main.feed(0, ["autoguidance"], method.cells, queue, cache, lambda count: None)
 
 
-# -------------------------------------------------------------------------------------------------------------- README
-
-
-def test_the_readme_has_the_table_of_the_results(effects, tmp_path):
-    report = effects["report"]
-    results = ROOT / "benchmarks" / "results" / "effects.json"
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    copy = tmp_path / "README.md"
-    copy.write_text(readme, encoding="utf-8")
-    report.write_readme(copy, results, {name: method.title for name, method in effects["methods"].methods().items()})
-    assert copy.read_text(encoding="utf-8") == readme, "run `python run.py bench effects --readme`"
+# ------------------------------------------------------------------------------------------------------------- results
 
 
 def test_the_results_are_of_the_methods_at_hand(effects):
