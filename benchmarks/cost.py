@@ -122,7 +122,7 @@ def setting(pair: Models) -> Setting:
 def linear_ag(pair: Models) -> Any:
     """Our LinearAG. Its cost does not depend on the coefficients' values."""
     coefficients = Coefficients(setting(pair), {k: shifted(k) for k in replaced_steps(len(pair.sigmas) - 1)}, {}, 0)
-    return LodestarLinearAG.execute(pair.main, coefficients).result[0]
+    return LodestarLinearAG.execute(pair.main, coefficients=coefficients).result[0]
 
 
 def policy(pair: Models) -> Any:

@@ -81,8 +81,8 @@ class LodestarCompare(io.ComfyNode):
             LabelledPictures(name, _decode(vae, one.samples), one.nfe, one.seconds)
             for name, one in zip(names.values(), sampled, strict=True)
         ]
-        told = f"seed {seed}, {steps} steps of {sampler_name} ({scheduler}), cfg {cfg:g}, denoise {denoise:g}"
-        return io.NodeOutput(draw(columns, told), table(columns, told))
+        settings_text = f"seed {seed}, {steps} steps of {sampler_name} ({scheduler}), cfg {cfg:g}, denoise {denoise:g}"
+        return io.NodeOutput(draw(columns, settings_text), table(columns, settings_text))
 
 
 def _label(labels: str, socket: str) -> str:

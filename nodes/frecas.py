@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..guiders.frecas.cascade import Cascade, begin, transition
 from ..guiders.frecas.stages import NAME, Stage
 from ..guiders.frecas.transition import RESIZES
-from .schema import PLACE, place_of
+from .schema import HIDDEN, graph_id
 
 CATEGORY = "lodestar/sampling"
 _SEED = {"default": 0, "min": 0, "max": 2**64 - 1, "control_after_generate": True}
@@ -86,7 +86,7 @@ class LodestarFreCaS(io.ComfyNode):
                 io.Latent.Output(tooltip="The last stage's result."),
                 io.Latent.Output("stage_latents", is_output_list=True, tooltip="Every stage's clean picture, for previews."),
             ],
-            hidden=list(PLACE),
+            hidden=list(HIDDEN),
         )  # fmt: skip
 
     @classmethod
@@ -97,7 +97,7 @@ class LodestarFreCaS(io.ComfyNode):
         """Run all stages."""
         cascade = Cascade.read(
             stages, model=model, vae=vae, cfg=cfg, sampler=sampler, scheduler=scheduler, gamma=gamma, high_scale=high_scale,
-            map_weight=map_weight, resize=resize, node=place_of(cls),
+            map_weight=map_weight, resize=resize, node=graph_id(cls),
         )  # fmt: skip
         results = cascade.sample(positive, negative, seed, cascade.latent(latent, batch_size))
         return io.NodeOutput(results[-1], results)

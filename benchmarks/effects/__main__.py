@@ -23,7 +23,7 @@ from tqdm import tqdm
 from lodestar.benchmarks.effects import pictures, report
 from lodestar.benchmarks.effects.cells import PACK, PER_CAPTION, Cache, Cell
 from lodestar.benchmarks.effects.claims import Results
-from lodestar.benchmarks.effects.methods import Method, methods
+from lodestar.benchmarks.effects.method import Method, methods
 from workshop.caching import cache_folder
 
 RESULTS = PACK / "benchmarks" / "results"

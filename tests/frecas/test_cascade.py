@@ -121,7 +121,8 @@ def nodes_graph(model, kind, sizes, steps, high, sampler="euler", scheduler="nor
         ).args
         guided = model
         if i and high is not None:
-            guided = LodestarFrequencyGuidance.execute(model, 4.0, high, low_width=small[0], low_height=small[1]).args[0]
+            band = {"low_width": small[0], "low_height": small[1]}
+            guided = LodestarFrequencyGuidance.execute(model, low_scale=4.0, high_scale=high, **band).args[0]
         solver = comfy.samplers.sampler_object(sampler)
         output, denoised = custom.SamplerCustom.execute(guided, i == 0, stream, 4.0, cond(1), cond(2), solver, sigmas, latent).args
         small = width, height

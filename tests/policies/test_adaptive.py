@@ -183,7 +183,7 @@ def test_packed_audio_and_video():
 def test_the_node_attaches_what_it_says():
     from lodestar.nodes.policies.adaptive import LodestarAdaptiveGuidance
 
-    made = LodestarAdaptiveGuidance.execute(tiny("unet"), 0.98, "velocity", "same_step").args[0]
+    made = LodestarAdaptiveGuidance.execute(tiny("unet"), threshold=0.98, space="velocity", switch="same_step").args[0]
     assert tools.plan_of(made.model_options).rules == (ag(0.98, space="velocity", switch="same_step"),)
-    made = LodestarAdaptiveGuidance.execute(tiny("unet"), 0.98, "noise", "next_step", stop_terms=True).args[0]
+    made = LodestarAdaptiveGuidance.execute(tiny("unet"), threshold=0.98, space="noise", stop_terms=True).args[0]
     assert tools.plan_of(made.model_options).rules == (ag(0.98, space="noise", stop_terms=True),)

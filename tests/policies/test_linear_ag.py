@@ -353,7 +353,8 @@ def test_other_files_are_refused(tiny, tmp_path):
 
 def test_the_nodes_save_and_load(tiny):
     """In the host's folder, never over another file, and nowhere else."""
-    names = [LodestarSaveCoefficients.execute(tiny.coefficients, f"tests/{tiny.kind}").args[0] for _ in range(2)]
+    save = {"coefficients": tiny.coefficients, "filename_prefix": f"tests/{tiny.kind}"}
+    names = [LodestarSaveCoefficients.execute(**save).args[0] for _ in range(2)]
     assert len(set(names)) == 2
     (file,) = (entry for entry in LodestarLoadCoefficients.define_schema().inputs if entry.id == "file")
     assert set(names) <= set(file.options)
@@ -361,10 +362,10 @@ def test_the_nodes_save_and_load(tiny):
     assert loaded.hash == tiny.coefficients.hash and loaded.hash in report and "NFE instead of" in report
     fingerprint = LodestarLoadCoefficients.fingerprint_inputs(names[0])
     assert fingerprint == LodestarLoadCoefficients.fingerprint_inputs(names[0])
-    assert sample(LodestarLinearAG.execute(tiny.model, loaded).args[0]).isfinite().all()
+    assert sample(LodestarLinearAG.execute(tiny.model, coefficients=loaded).args[0]).isfinite().all()
     for bad in ("../x", "/tmp/x"):
         with pytest.raises(ValueError, match="leads out of models/guidance"):
-            LodestarSaveCoefficients.execute(tiny.coefficients, bad)
+            LodestarSaveCoefficients.execute(**save | {"filename_prefix": bad})
 
 
 def test_the_fit_node_takes_lists(host):

@@ -123,7 +123,7 @@ def test_the_nodes_search_save_and_load():
     with torch.inference_mode():
         policy, text, report = LodestarPolicySearch.execute(**inputs).args
     assert text == policy.to_json() and "NFE" in report
-    name = LodestarSavePolicy.execute(policy, "tests/policy").args[0]
+    name = LodestarSavePolicy.execute(policy=policy, filename_prefix="tests/policy").args[0]
     assert LodestarLoadPolicy.execute(name).args == (policy, text)
     assert len(LodestarLoadPolicy.fingerprint_inputs(name)) == 64
     assert sample(LodestarGuidancePolicy.execute(model, policy).args[0]).isfinite().all()

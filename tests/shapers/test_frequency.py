@@ -206,6 +206,6 @@ def test_the_node_counts_in_pixels(host):
     from lodestar.guiders.engine.plan import plan_of
     from lodestar.nodes.shapers.frequency import LodestarFrequencyGuidance
 
-    model = LodestarFrequencyGuidance.execute(tools.tiny("unet"), 7.5, 35.0, low_width=512, low_height=256).args[0]
+    model = LodestarFrequencyGuidance.execute(tools.tiny("unet"), low_scale=7.5, high_scale=35.0, low_width=512, low_height=256).args[0]
     (found,) = plan_of(model.model_options).rules
     assert (found.low_height, found.low_width) == (32, 64)
