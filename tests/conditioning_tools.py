@@ -6,35 +6,32 @@ Importing this loads the host.
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import inspect
 
 import pytest
 import tools
 import torch
-from tools import comfy, cond, empty_latent, node_helpers, sample
+from tools import comfy, comfyui_version, cond, empty_latent, node_helpers, sample
+
+from workshop.hosting import OLDEST, as_numbers
 
 STEPS = 3
 SIZE = 16
 
 
-def node(module: str, name: str, **inputs):
-    """A function model -> model that executes one of the host's nodes. Its ``function`` is None in a ComfyUI without that node."""
+def node(module: str, name: str, since: str = OLDEST.comfyui, **inputs):
+    """A function model -> model that executes one of the host's nodes; on a host older than ``since`` it skips the test.
 
-    def function():
-        found = importlib.util.find_spec(f"comfy_extras.{module}")
-        cls = None if found is None else getattr(importlib.import_module(f"comfy_extras.{module}"), name, None)
-        function = getattr(cls, "execute", None) or getattr(cls and cls(), "patch", None)
-        return function if function is not None and set(inputs) <= set(inspect.signature(function).parameters) else None
+    Where the node is gone or takes other inputs, the test fails: then the list that it comes from has to be looked through.
+    """
 
     def apply(model):
-        if function() is None:
-            pytest.skip(f"this ComfyUI has no {apply.__name__}")
-        result = function()(model, **inputs)
+        if as_numbers(comfyui_version.__version__) < as_numbers(since):
+            pytest.skip(f"{apply.__name__} came with ComfyUI {since}")
+        cls = getattr(importlib.import_module(f"comfy_extras.{module}"), name)
+        result = (getattr(cls, "execute", None) or cls().patch)(model, **inputs)
         return result[0] if isinstance(result, tuple) else result.result[0]
 
     apply.__name__ = name + "".join(f" {key}" for key, value in inputs.items() if value is True)
-    apply.function = function
     return apply
 
 
