@@ -13,8 +13,8 @@ import urllib.request
 import pytest
 import tools
 import torch
-from test_cascade import pixels, text
-from test_cascade import sample as sample_cascade
+from frecas_tools import pixels, text
+from frecas_tools import sample as sample_cascade
 from tools import attach, log_of, tiny
 
 from lodestar.guiders.cfgpp.sampler import cfgpp_sampler
