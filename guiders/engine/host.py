@@ -9,6 +9,7 @@ from typing import Any
 CFG_SLOT = "sampler_cfg_function"  # in model_options: the one function that replaces the host's combination
 POST_CFG = "sampler_post_cfg_function"  # in model_options: the list of functions after it
 CFG_WEIGHTS = ("cfg", "cfg1", "cfg2")  # attributes of the host's guiders
+_RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # in a LATENT that is empty: what its size was computed for
 
 
 def reads_uncond(sampler: Any) -> str | None:
@@ -40,6 +41,14 @@ def cfg_slot_owner(model_options: Mapping[str, Any]) -> str | None:
     """What has claimed the CFG slot of a model, by the name of its class or function; None if it is free."""
     function = model_options.get(CFG_SLOT)
     return None if function is None else getattr(function, "__qualname__", type(function).__name__).split(".")[0]
+
+
+def with_all_channels(model: Any, latent: Mapping[str, Any]) -> Any:
+    """The samples [B, C, ...] of a LATENT as the host's sampler nodes prepare them for a MODEL: an empty one gets its channels and size."""
+    import comfy.sample  # here, because maths that needs no host asks other things of this module
+
+    ratios = {name: latent[name] for name in _RATIOS if latent.get(name)}
+    return comfy.sample.fix_empty_latent_channels(model, latent["samples"], **ratios)
 
 
 def same_latent(a: Any, b: Any) -> bool:

@@ -9,7 +9,6 @@ from itertools import pairwise
 from typing import Any
 
 import comfy.model_management
-import comfy.sample
 import comfy.sampler_helpers
 import comfy.samplers
 import comfy.utils
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..engine.attach import attach
+from ..engine.host import with_all_channels
 from ..engine.keys import TELEMETRY
 from ..engine.log import RunLog, joined, last_log, publish
 from ..engine.plan import plan_of
@@ -59,7 +59,7 @@ class Cascade:
         """What the first stage starts from: what the user gave, else an empty latent."""
         if given is None:
             return {"samples": empty_latent(self.model, self.vae, self.stages[0], batch)}
-        return given | {"samples": comfy.sample.fix_empty_latent_channels(self.model, given["samples"])}
+        return given | {"samples": with_all_channels(self.model, given)}
 
     def sample(self, positive: list, negative: list, seed: int, latent: dict[str, Any]) -> list[dict[str, Tensor]]:
         """The clean LATENT of every stage, the last one being the result.
