@@ -54,4 +54,5 @@ class Runs:
         latent = with_all_channels(self.model, self.latent)[:most]
         noise = comfy.sample.prepare_noise(latent, self.seed + number)
         mask = self.latent.get("noise_mask")
-        return guider.sample(noise, latent, sampler, self.sigmas, denoise_mask=mask, disable_pbar=True, seed=self.seed + number)
+        sigmas = self.sigmas.clone()  # the host's uni_pc writes into it
+        return guider.sample(noise, latent, sampler, sigmas, denoise_mask=mask, disable_pbar=True, seed=self.seed + number)

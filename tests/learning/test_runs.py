@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import tools
 import torch
 
@@ -31,3 +32,12 @@ def test_an_empty_latent_gets_the_length_that_the_host_gives_it():
     assert sampled(runs(model, {"samples": latent, "downscale_ratio_temporal": 8})).shape == (1, 16, 4, 8, 8)
     assert sampled(runs(model, {"samples": latent, "downscale_ratio_spacial": 4})).shape == (1, 16, 2, 4, 4)
     assert sampled(runs(model, {"samples": latent})).shape == latent.shape
+
+
+@pytest.mark.parametrize("sampler", ["uni_pc", "uni_pc_bh2"])
+def test_a_sampler_that_writes_into_its_schedule_leaves_ours_alone(sampler):
+    """Else the schedule that a result is kept for would be no schedule of the user's."""
+    these = runs(tools.tiny("unet"), {"samples": torch.zeros(1, 4, 8, 8)}, sampler)
+    levels = these.sigmas.clone()
+    sampled(these)
+    assert these.sigmas.equal(levels) and levels[-1] == 0
