@@ -56,8 +56,12 @@ def sample_cfgpp(
     _check_start(x, levels)
     solve, split = SOLVERS[solver]
     split = partial(split, eta=eta)
-    weights = [equivalent_cfg(lambda_, now, Level(then.a, split(now, then)[0])) for now, then in pairwise(levels)]
-    _announce(guider, lambda_, weights)
+    weights = {
+        i: equivalent_cfg(lambda_, now, Level(then.a, split(now, then)[0]))
+        for i, (now, then) in enumerate(pairwise(levels))
+        if then != now  # a repeated level is no step
+    }
+    _announce(guider, lambda_, tuple(weights.values()))
     both = Predictor(model, guider, extra_args, lambda_)
 
     def predict(x: Tensor, sigma: Tensor, i: int | None) -> tuple[Tensor, Tensor]:
@@ -70,7 +74,7 @@ def sample_cfgpp(
                 callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": guided})
         return guided, _masked(inpaint, uncond, sigma, extra_args)
 
-    steps = model_trange(len(levels) - 1, disable=disable)
+    steps = (i for i in model_trange(len(levels) - 1, disable=disable) if i in weights)
     noise = _noise(x, sigmas, extra_args.get("seed"), solver, getattr(model_sampling, "noise_scale", 1.0))
     with announcing_steps(guider.model_options, sigmas) as at_step:
         return solve(predict, x, Schedule(sigmas, levels, steps, split, noise, history))

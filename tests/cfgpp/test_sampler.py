@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from pathlib import Path
 
@@ -333,6 +334,20 @@ def test_rising_sigmas_and_empty_starts():
         with pytest.raises(ValueError, match="starts from nothing but zeros"):
             run(model, sampler(), noise=False)
     assert rows == []
+
+
+@pytest.mark.parametrize("kind", ["unet", "mmdit"])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_level_that_is_repeated_is_no_step(name, kind, caplog):
+    model, (high, low) = tools.attach(tiny(kind)), LEVELS[kind]
+    first = 1.0 if kind == "mmdit" else 9.0  # from pure noise on, where a flow model has no signal
+    with caplog.at_level(logging.INFO), counted(model) as rows:
+        out = run(model, sampler(name), sigmas=[first, first, high, high, low, low, low, 0.0, 0.0])
+    worth = re.search(r"is worth cfg (\S+) on", caplog.text)[1]
+    assert set(log_of(model).evaluations) == {1, 3, 6}
+    with counted(model) as once:
+        assert run(model, sampler(name), sigmas=[first, high, low, 0.0]).equal(out)
+    assert rows == once and math.isfinite(float(worth)) and out.isfinite().all()
 
 
 def test_a_schedule_without_steps():
