@@ -110,8 +110,8 @@ class Predictor:
         return guided, self.uncond
 
     def _capture(self, args: dict[str, Any]) -> Tensor:
-        """The first post-CFG function."""
-        self.guides = args["uncond"] is not None and args["cond_scale"] != 1
+        """The first post-CFG function. The weight is read off the guider: packs that replace the host's sampling function do not hand it on."""
+        self.guides = self.guider.cfg != 1
         self.uncond = args["uncond_denoised"] if self.guides else args["cond_denoised"]
         return args["denoised"]
 

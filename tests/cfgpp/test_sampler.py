@@ -174,6 +174,29 @@ def test_terms_change_the_guided_prediction_alone(lambda_, kind):
     assert not close(latent_of(plain, LEVELS[kind], sampler(lambda_=lambda_)), expected, 1e-2)
 
 
+def replaced_sampling_function(model, x, timestep, uncond, cond, cond_scale, model_options, seed=None):
+    """What a pack (Automatic CFG) puts in the host's place for good: its post-CFG functions are not told the weight."""
+    alone = math.isclose(cond_scale, 1.0) and not model_options.get("disable_cfg1_optimization", False)
+    conds = [cond, None if alone else uncond]
+    cond_pred, uncond_pred = comfy.samplers.calc_cond_batch(model, conds, x, timestep, model_options)
+    denoised = uncond_pred + (cond_pred - uncond_pred) * cond_scale
+    for function in model_options.get("sampler_post_cfg_function", []):
+        denoised = function({
+            "denoised": denoised, "cond": cond, "uncond": uncond, "model": model, "uncond_denoised": uncond_pred,
+            "cond_denoised": cond_pred, "sigma": timestep, "model_options": model_options, "input": x,
+        })  # fmt: skip
+    return denoised
+
+
+@pytest.mark.parametrize("lambda_", [0.6, 1.0])
+@pytest.mark.parametrize("rules", [(), (GuidanceInterval(start_percent=0.3, end_percent=0.7),)], ids=["plain", "interval"])
+def test_a_pack_that_replaces_the_hosts_sampling_function(rules, lambda_, monkeypatch):
+    model = guided(tiny("unet"), *rules)
+    plain = run(model, sampler(lambda_=lambda_))
+    monkeypatch.setattr(comfy.samplers, "sampling_function", replaced_sampling_function)
+    assert run(model, sampler(lambda_=lambda_)).equal(plain)
+
+
 def differential(sigma, mask, extra_options):
     """A mask that depends on the level, as DifferentialDiffusion's."""
     assert extra_options["sigmas"] is not None and extra_options["model"].inner_model is not None
