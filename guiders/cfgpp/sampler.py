@@ -15,7 +15,7 @@ import torch
 from comfy.utils import model_trange
 from torch import Tensor
 
-from ..engine.checks import refuse_own_combination
+from ..engine.checks import refuse_foreign_cfg, refuse_own_combination
 from ..engine.curves import Quantity
 from ..engine.host import POST_CFG
 from ..engine.plan import Shaper, plan_of
@@ -110,7 +110,7 @@ class Predictor:
         return guided, self.uncond
 
     def _capture(self, args: dict[str, Any]) -> Tensor:
-        """The first post-CFG function. The weight is read off the guider: packs that replace the host's sampling function do not hand it on."""
+        """The first post-CFG function. Packs that replace the host's sampling function do not tell it the weight; the guider has it."""
         self.guides = self.guider.cfg != 1
         self.uncond = args["uncond_denoised"] if self.guides else args["cond_denoised"]
         return args["denoised"]
@@ -169,7 +169,7 @@ def check_lambda(node: str, lambda_: float) -> None:
 
 
 def check_guider(node: str, guider: Any) -> None:
-    """Raise ValueError if the guider or a rule on its model does not leave both predictions to CFG++."""
+    """Raise ValueError if the guider, a rule or another pack's node on its model does not leave both predictions to CFG++."""
     refuse_own_combination(node, guider)
     if not guider.conds.get("negative"):
         raise ValueError(
@@ -182,6 +182,7 @@ def check_guider(node: str, guider: Any) -> None:
             f"{rule.name} and {node} do not combine: that one reshapes the update (cfg - 1)(D_c - D_u), and CFG++ has a lambda between "
             "0 and 1 in place of cfg. Bypass one of the two nodes."
         )
+    refuse_foreign_cfg(node, guider.model_options)
 
 
 def _check_start(x: Tensor, levels: Sequence[Level]) -> None:

@@ -328,6 +328,17 @@ def test_apg_is_refused_with_the_reason():
 
 
 @pytest.mark.parametrize("solver", [sampler(), Inversion(0.6)], ids=["sampler", "inversion"])
+def test_another_owner_of_the_combination_is_refused(solver):
+    from comfy_extras.nodes_model_advanced import RescaleCFG
+
+    model = RescaleCFG().patch(tiny("unet"), 0.7)[0]
+    message = rf"^{re.escape(reads_uncond(solver))} and RescaleCFG both replace the CFG combination; bypass one of the two nodes\.$"
+    with counted(model) as rows, pytest.raises(ValueError, match=message):
+        run(model, solver)
+    assert rows == []
+
+
+@pytest.mark.parametrize("solver", [sampler(), Inversion(0.6)], ids=["sampler", "inversion"])
 def test_rules_that_drop_the_unconditional_prediction_are_refused(solver):
     model = guided(tiny("unet"), AdaptiveGuidance())
     message = rf"^Adaptive Guidance \(AG\) cannot work with the sampler {re.escape(reads_uncond(solver))}: "
