@@ -127,6 +127,8 @@ def test_the_transition_node_refuses_what_it_cannot_do():
     sigmas = stage_sigmas(model.get_model_object("model_sampling"), "normal", 3, end=0.4)
     with pytest.raises(ValueError, match="connect both denoised and sigmas, or neither"):
         transition(model, denoised=latent)
+    with pytest.raises(ValueError, match=r"^FreCaS Stage Transition: stage 0 is the first, .*; set stage to 1 or more, or "):
+        transition(model, denoised=latent, sigmas=sigmas, stage=0)
     with pytest.raises(ValueError, match="cannot keep to a noise mask; use the FreCaS Cascade node"):
         transition(model, denoised=latent | {"noise_mask": torch.ones(1, 16, 16)}, sigmas=sigmas)
     with pytest.raises(ValueError, match="33x33 is not a multiple of 2 pixels; the nearest valid size is 34x34"):
