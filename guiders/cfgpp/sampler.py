@@ -15,7 +15,7 @@ import torch
 from comfy.utils import model_trange
 from torch import Tensor
 
-from ..engine.checks import refuse_foreign_cfg, refuse_own_combination
+from ..engine.checks import refuse_foreign_cfg, refuse_lambda, refuse_own_combination
 from ..engine.curves import Quantity
 from ..engine.host import POST_CFG
 from ..engine.plan import Shaper, plan_of
@@ -178,10 +178,7 @@ def check_guider(node: str, guider: Any) -> None:
         )
     plan = plan_of(guider.model_options)
     for _, rule in plan.active(Shaper) if plan is not None else ():
-        raise ValueError(
-            f"{rule.name} and {node} do not combine: that one reshapes the update (cfg - 1)(D_c - D_u), and CFG++ has a lambda between "
-            "0 and 1 in place of cfg. Bypass one of the two nodes."
-        )
+        refuse_lambda(rule.name, node)
     refuse_foreign_cfg(node, guider.model_options)
 
 

@@ -9,19 +9,21 @@ from typing import Any
 CFG_SLOT = "sampler_cfg_function"  # in model_options: the one function that replaces the host's combination
 POST_CFG = "sampler_post_cfg_function"  # in model_options: the list of functions after it
 CFG_WEIGHTS = ("cfg", "cfg1", "cfg2")  # attributes of the host's guiders
+_CFGPP = ("sample_euler_pp",)  # the host's samplers of CFG++ whose names do not say so
 _RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # in a LATENT that is empty: what its size was computed for
 
 
 def reads_uncond(sampler: Any) -> str | None:
     """The name of a sampler whose steps use the unconditional prediction itself (CFG++); None for all others.
 
-    The host's and other packs' have ``cfg_pp`` in their names. One of this pack, or its function, has its name in ``reads_uncond``.
+    The host's and other packs' have ``cfg_pp`` in their names, but for _CFGPP. One of this pack, or its function, has its name in
+    ``reads_uncond``.
     """
     function = getattr(sampler, "sampler_function", sampler)
     while isinstance(function, partial):
         function = function.func
     name = getattr(function, "__name__", type(function).__name__)
-    known = name.removeprefix("sample_") if "cfg_pp" in name or "cfgpp" in name.lower() else None
+    known = name.removeprefix("sample_") if "cfg_pp" in name or "cfgpp" in name.lower() or name in _CFGPP else None
     return getattr(function, "reads_uncond", known)
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..engine.attach import attach
-from ..engine.host import with_all_channels
+from ..engine.checks import refuse_lambda
+from ..engine.host import reads_uncond, with_all_channels
 from ..engine.keys import TELEMETRY
 from ..engine.log import RunLog, joined, last_log, publish
 from ..engine.plan import plan_of
@@ -134,6 +135,7 @@ class Cascade:
         """The model of a stage: FA-CFG and the maps of the stage before; maps are collected but in the last stage."""
         model = attach(self.model)
         if index and self.cfg not in (1, self.high_scale):  # at cfg 1 there is no D_u
+            refuse_lambda(f"{NAME} (high_scale)", reads_uncond(comfy.samplers.sampler_object(self.sampler)), "set high_scale to cfg")
             small = self.stages[index - 1]
             pixels = self.vae.spacial_compression_encode()
             size = {"low_height": small.height // pixels, "low_width": small.width // pixels}
