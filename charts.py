@@ -91,7 +91,7 @@ class Listener:
         """Whether the client draws charts and its page is connected."""
         return self.client_id in self.charts.clients and self.client_id in self.charts.server.sockets
 
-    def tell(self, message: telemetry.Message) -> None:
+    def send(self, message: telemetry.Message) -> None:
         """Send, and keep for later; serial tells which of two messages is the newer one."""
         self.charts.serial += 1
         message = self.about | message | {"serial": self.charts.serial}

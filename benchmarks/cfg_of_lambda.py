@@ -1,4 +1,7 @@
-"""What lambda of CFG++ is worth in cfg: ``python run.py bench cfg_of_lambda``. A mean over the steps of a schedule; samples nothing."""
+"""What lambda of CFG++ is worth in cfg: ``python run.py bench cfg_of_lambda [--write]``.
+
+A mean over the steps of a schedule; samples nothing.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Any
 import comfy.samplers
 from comfy.model_sampling import ModelSamplingDiscrete, ModelSamplingDiscreteFlow
 
+from lodestar.benchmarks import _results
 from lodestar.guiders.cfgpp.solvers import mean_equivalent_cfg
 from lodestar.guiders.spaces import levels_of
 
@@ -36,8 +40,12 @@ def table() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    argparse.ArgumentParser(description=__doc__).parse_args(argv)
+    parser = argparse.ArgumentParser(description=__doc__)
+    _results.add_option(parser)
+    args = parser.parse_args(argv)
     print(table())
+    if args.write:
+        _results.write(_results.RESULTS, "cfg_of_lambda", table())
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What guidance costs: ``python run.py bench cost [--steps N] [--batch N] [--time]``.
+"""What guidance costs: ``python run.py bench cost [--steps N] [--batch N] [--time] [--write]``.
 
 For each method: model calls, rows and evaluations (NFE) of a step, and counted floating-point operations relative to one
 conditional forward pass. Counted, not timed, so that every machine prints the same. Ours and the host's own nodes are counted
@@ -24,6 +24,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_apg, nodes_custom_sampler, nodes_pag
 from tqdm import tqdm
 
+from lodestar.benchmarks import _results
 from lodestar.benchmarks._flops import counted_flops
 from lodestar.benchmarks._sampling import empty
 from lodestar.demo import models
@@ -121,7 +122,7 @@ def setting(pair: Models) -> Setting:
 def linear_ag(pair: Models) -> Any:
     """Our LinearAG. Its cost does not depend on the coefficients' values."""
     coefficients = Coefficients(setting(pair), {k: shifted(k) for k in replaced_steps(len(pair.sigmas) - 1)}, {}, 0)
-    return LodestarLinearAG.execute(pair.main, coefficients).result[0]
+    return LodestarLinearAG.execute(pair.main, coefficients=coefficients).result[0]
 
 
 def policy(pair: Models) -> Any:
@@ -160,25 +161,39 @@ METHODS = (
     Method("host: DualModelGuider (cfg 2)", host_dual_model, cfg=2.0),
 )
 
+SHORT = {  # the README's rows
+    "plain CFG": "CFG",
+    "APG": "APG",
+    "CFG and PAG": "CFG + PAG",
+    "autoguidance instead of CFG, with a small weak model": "autoguidance (cfg 1)",
+    "Adaptive Guidance, `threshold` 0.998": "AG, threshold 0.998",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=10, metavar="N", help="sampling steps (default: 10)")
+    parser.add_argument("--steps", type=int, default=20, metavar="N", help="sampling steps (default: 20)")
     parser.add_argument("--batch", type=int, default=2, metavar="N", help="pictures at once (default: 2)")
     parser.add_argument("--models", nargs="+", choices=models.MODELS, default=models.MODELS, help="which models (default: both)")
     parser.add_argument("--time", action="store_true", help="also processor time (takes several times as long)")
+    _results.add_option(parser)
     args = parser.parse_args(argv)
+    write = _results.is_wanted(parser, args)
     if args.time:
         torch.set_num_threads(1)
-    print(f"Per step, mean of {args.steps} Euler steps, batch of {args.batch}. FLOPs: 1.00 is one conditional forward pass of the batch.")
+    about = f"Per step, mean of {args.steps} Euler steps, batch of {args.batch}. FLOPs: 1.00 is one conditional forward pass of the batch."
+    print(about)
+    tables, found = [about], {}
     for model in args.models:
-        counts = {}
-        for method in tqdm(METHODS, desc=model, unit="method", leave=False):
-            count = measure(model, method, args.steps, args.batch, args.time)
-            if count is not None:
-                counts[method.name] = count
-        print(f"\n{table(model, counts, args.steps)}")
+        methods = tqdm(METHODS, desc=model, unit="method", leave=False)
+        counts = {method.name: measure(model, method, args.steps, args.batch, args.time) for method in methods}
+        found[model] = {name: count for name, count in counts.items() if count is not None}
+        tables.append(table(model, found[model], args.steps))
+        print(f"\n{tables[-1]}")
+    if write:
+        _results.write(_results.RESULTS, "cost", "\n\n".join(tables))
+        _results.write(_results.README, "cost", short_table(found))
     return 0
 
 
@@ -192,15 +207,12 @@ def measure(model: str, method: Method, steps: int, batch: int = 2, timed: bool 
         return None
     with torch.no_grad(), counted_flops() as flops:
         count.latent = sample(guider, pair.sigmas, method.sampler, batch)
-    count.flops = flops.get_total_flops()
-    counters = replace(count)
+    counters = replace(count, flops=flops.get_total_flops())
     if timed:
         plain = guider_of(PLAIN, pair)
-        ratios = []
-        for _ in range(RUNS):
-            unit = seconds(plain, pair.sigmas, PLAIN.sampler, batch) / 2
-            ratios.append(seconds(guider, pair.sigmas, method.sampler, batch) / unit)
-        counters.time = median(ratios)
+        pairs = ((plain, PLAIN.sampler), (guider, method.sampler))
+        runs = [[seconds(each, pair.sigmas, sampler, batch) for each, sampler in pairs] for _ in range(RUNS)]
+        counters.time = median(2 * ours / cfg for cfg, ours in runs)
     return counters
 
 
@@ -260,14 +272,25 @@ def table(model: str, counts: dict[str, Count], steps: int) -> str:
         if timed:
             values.append(count.time)
         rows.append((label, *(f"{value:.2f}" for value in values)))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def short_table(found: dict[str, dict[str, Count]]) -> str:
+    """For the README: a few methods, and all models in one table, in Markdown."""
+    lines = ["| with | evaluations per step |" + "".join(f" work, {model} |" for model in found), "|---|---|" + "---|" * len(found)]
+    for label, name in SHORT.items():
+        pairs = [(counts[name], counts[PLAIN.name]) for counts in found.values()]
+        evaluations = " or ".join(dict.fromkeys(f"{2 * count.nfe / plain.nfe:.3g}" for count, plain in pairs))
+        work = "".join(f" {count.flops / plain.flops:.0%} |" for count, plain in pairs)
+        lines.append(f"| {label} | {evaluations} |{work}")
     return "\n".join(lines)
 
 
 def remark(name: str, counts: dict[str, Count]) -> str:
     """Says so where a method costs evaluations but leaves the result of its base as it is."""
-    base = "conditional (cfg 1)" if "cfg 1" in name else "CFG"
+    base = METHODS[0].name if "cfg 1" in name else PLAIN.name
     paid = counts[name].nfe > counts[base].nfe
     same = torch.allclose(counts[name].latent, counts[base].latent, atol=1e-3)  # up to the rounding of other batch sizes
     return " (no effect)" if paid and same else ""

@@ -1,4 +1,4 @@
-"""How good the demo models are: ``python run.py bench demo_quality [--samples N] [--sheet FILE]``.
+"""How good the demo models are: ``python run.py bench demo_quality [--samples N] [--sheet FILE] [--write]``.
 
 Samples one-object captions with each model through the host's own sampler and asks the embedded classifier which attributes of
 the caption the pictures have. Exit code 1 if a target is missed.
@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
+from lodestar.benchmarks import _results
 from lodestar.benchmarks._sampling import decoded, empty, ksampler, prompts
 from lodestar.demo import classifier, models
 from lodestar.demo.shapes import ATTRIBUTES, Scenes, captions, draw, random_scenes
@@ -43,14 +44,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=512, metavar="N", help="captions for each model (default: 512)")
     parser.add_argument("--models", nargs="+", choices=models.MODELS, default=models.MODELS, help="which models (default: both)")
     parser.add_argument("--sheet", type=Path, metavar="FILE", help="save a picture of the first 64 samples of each model")
+    _results.add_option(parser)
     args = parser.parse_args(argv)
+    write = _results.is_wanted(parser, args)
 
     net = classifier.load_classifier()
     scenes = random_scenes(args.samples, torch.Generator().manual_seed(SEED), pairs=0.0)
     fresh = classifier_accuracy(net)
     sampled = {f"{model} {strength}": measure(net, model, strength, scenes) for model in args.models for strength in models.STRENGTHS}
-    print(f"\nShare of {args.samples} pictures with the attribute right; cfg {CFG:g}, {STEPS} Euler steps")
-    print(accuracy_table({"classifier": fresh} | {name: result.right for name, result in sampled.items()}))
+    about = f"Share of {args.samples} pictures with the attribute right; cfg {CFG:g}, {STEPS} Euler steps"
+    table = accuracy_table({"classifier": fresh} | {name: result.right for name, result in sampled.items()})
+    print(f"\n{about}\n\n{table}")
+    if write:
+        _results.write(_results.RESULTS, "demo_quality", f"{about}.\n\n{table}")
     weights = sizes()
     print(f"\nweights, MB: {', '.join(f'{name} {size:.2f}' for name, size in weights.items())}; all {sum(weights.values()):.2f}\n")
     if args.sheet:
@@ -109,11 +115,11 @@ def sizes() -> dict[str, float]:
 
 
 def accuracy_table(results: Mapping[str, Mapping[str, Tensor]]) -> str:
-    """One line for each model, one column for each attribute."""
+    """One line for each model, one column for each attribute, in Markdown."""
     names = (*ATTRIBUTES, "all")
-    lines = [f"{'':<12}" + "".join(f"{name:>12}" for name in names)]
+    lines = [f"| {'model':<12}|" + "".join(f"{name:>12} |" for name in names), f"|{'-' * 13}|" + f"{'-' * 12}:|" * len(names)]
     for label, right in results.items():
-        lines.append(f"{label:<12}" + "".join(f"{right[name].float().mean():>12.1%}" for name in names))
+        lines.append(f"| {label:<12}|" + "".join(f"{right[name].float().mean():>12.1%} |" for name in names))
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Where Adaptive Guidance switches: ``python run.py bench gamma [--space noise] [--cfg 7.5]``.
+"""Where Adaptive Guidance switches: ``python run.py bench gamma [--space noise] [--cfg 7.5] [--write]``.
 
 Samples captions with plain CFG, measures gamma (the cosine of the conditional and the unconditional prediction) in every step, and
 prints its spread over the captions, the evaluations that thresholds leave, and the threshold with which half of the captions have
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lodestar.benchmarks import _results
 from lodestar.benchmarks._sampling import empty, ksampler, prompts
 from lodestar.demo import models
 from lodestar.demo.shapes import captions, random_scenes
@@ -34,11 +35,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=20, metavar="T", help="sampling steps (default: 20)")
     parser.add_argument("--prompts", type=int, default=20, metavar="N", help="number of captions (default: 20)")
     parser.add_argument("--sampler", default="euler", metavar="NAME", help="a sampler of one evaluation per step (default: euler)")
+    _results.add_option(parser)
     args = parser.parse_args(argv)
-    print(f"{args.prompts} captions, cfg {args.cfg:g}, {args.steps} steps of {args.sampler}; gamma of {args.space} predictions")
+    write = _results.is_wanted(parser, args)
+    parts = [f"{args.prompts} captions, cfg {args.cfg:g}, {args.steps} steps of {args.sampler}; gamma of {args.space} predictions"]
     for model in args.models:
         measured = curves(model, args.space, args.cfg, args.steps, args.prompts, args.sampler)
-        print(f"\n{model}\n{table(measured)}\n{savings(measured)}")
+        parts.append(f"{model}:\n\n{table(measured)}\n\n{savings(measured)}")
+    text = "\n\n".join(parts)
+    print(text)
+    if write:
+        _results.write(_results.RESULTS, "gamma", text)
     return 0
 
 
@@ -96,7 +103,7 @@ def savings(measured: Tensor) -> str:
             note = "  <- the median caption has CFG in half of the steps"
             if abs(float(guided.median()) - steps / 2) > 1:
                 note = "  <- no threshold halves the run: gamma does not rise"
-        lines.append(f"threshold {threshold:.4f}: {steps + guided.double().mean():.1f} of {2 * steps} NFE, {spread}{note}")
+        lines.append(f"- threshold {threshold:.4f}: {steps + guided.double().mean():.1f} of {2 * steps} NFE, {spread}{note}")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""From picture to noise and back: ``python run.py bench inversion [--samples N] [--steps N [N ...]]``.
+"""From picture to noise and back: ``python run.py bench inversion [--samples N] [--steps N [N ...]] [--write]``.
 
 Inverts fresh pictures with CFG++, with plain CFG at the weight that is worth as much on that schedule, and with CFG at the weight that
 the authors match with lambda, and prints the PSNR of what sampling makes of the noise. Then samples it with another colour or another
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lodestar.benchmarks import _results
 from lodestar.benchmarks._sampling import decoded
 from lodestar.benchmarks.effects.cells import SEED, Batch
 from lodestar.demo import classifier, models
@@ -116,17 +117,23 @@ def border(pictures: Tensor) -> Tensor:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=64, metavar="N", help="pictures for each setting (default: 64)")
-    parser.add_argument("--steps", type=int, nargs="+", default=[20, 50], metavar="N", help="sampling steps (default: 20 50)")
+    parser.add_argument("--samples", type=int, default=16, metavar="N", help="pictures for each setting (default: 16)")
+    parser.add_argument("--steps", type=int, nargs="+", default=[10, 20], metavar="N", help="sampling steps (default: 10 20)")
     parser.add_argument("--models", nargs="+", choices=models.MODELS, default=models.MODELS, help="which models (default: both)")
+    _results.add_option(parser)
     args = parser.parse_args(argv)
+    write = _results.is_wanted(parser, args)
     scenes = random_scenes(args.samples, torch.Generator().manual_seed(SEED), pairs=0.0)
     batch = Batch(scenes, SEED)
     runs = len(args.models) * (3 * len(LAMBDAS) * len(args.steps) + 2 * len(EDITED))
+    lines = []
     with torch.inference_mode(), tqdm(total=runs, unit="setting") as bar:
         for model in args.models:
             for line in chain(round_trips(batch, model, args.steps, bar), edits(batch, model, bar)):
                 bar.write(line)
+                lines.append(line)
+    if write:
+        _results.write(_results.RESULTS, "inversion", "\n".join(lines))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What large pictures cost: ``python run.py bench scale``.
+"""What large pictures cost: ``python run.py bench scale [--write]``.
 
 An SDXL-shaped UNet and an SD3-medium-shaped MMDiT of the host's own classes, with random weights: direct sampling at the target size,
 the recipe of two KSamplers with an enlarged latent between them, and FreCaS with its authors' steps.
@@ -29,6 +29,7 @@ from comfy.ldm.models.autoencoder import AutoencoderKL
 from einops import rearrange
 from torch import Tensor
 
+from lodestar.benchmarks import _results
 from lodestar.benchmarks._flops import counted_flops
 from lodestar.benchmarks._sampling import Conds, ksampler
 from lodestar.guiders.frecas.cascade import Cascade
@@ -85,16 +86,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--counted", action="store_true", help="do not run anything, on a GPU either")
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES), help="default: all")
     parser.add_argument("--sizes", nargs="+", type=int, choices=(2048, 4096), default=[2048, 4096], help="default: 2048 4096")
+    _results.add_option(parser)
     args = parser.parse_args(argv)
+    write = _results.is_wanted(parser, args)
     timed = comfy.model_management.get_torch_device().type == "cuda" and not args.counted
+    found = {}
     for name in args.models:
         for size in args.sizes:
-            print(f"\n{name} to {size}x{size}")
             if SHAPES[name].largest is not None and size > SHAPES[name].largest:
-                print(f"  its position encoding ends at {SHAPES[name].largest} pixels")
-                continue
-            print(table(name, size, timed))
+                found[name, size] = f"Its position encoding ends at {SHAPES[name].largest} pixels."
+            else:
+                found[name, size] = table(name, size, timed)
+            print(f"\n{name} to {size}x{size}\n\n{found[name, size]}")
+    if write:
+        _results.write(_results.RESULTS, "scale", "\n\n".join(f"**{n} to {s}x{s}**\n\n{text}" for (n, s), text in found.items()))
+        _results.write(_results.README, "scale", sentence("sdxl", 2048))
     return 0
+
+
+def sentence(name: str, size: int) -> str:
+    """For the README: what FreCaS costs, of direct sampling."""
+    found = {label: flops_of(name, stages, through_pixels=label == "FreCaS") for label, stages in recipes(name, size).items()}
+    two, cascade = (found[label] / found["direct"] for label in ("two KSamplers", "FreCaS"))
+    return (
+        f"A picture of {size} pixels by a network of SDXL's shape: FreCaS takes {cascade:.0%} of the work of direct sampling, "
+        f"two KSamplers with an enlarged latent between them {two:.0%}."
+    )
 
 
 def table(name: str, size: int, timed: bool) -> str:

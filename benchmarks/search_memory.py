@@ -1,4 +1,4 @@
-"""What a policy search keeps in memory: ``python run.py bench search_memory [--size PIXELS] [--batch N]``.
+"""What a policy search keeps in memory: ``python run.py bench search_memory [--size PIXELS] [--batch N] [--write]``.
 
 One step's way forward and back through an UNet of SDXL's shape in float16, both prompts in one call, as the search does it. Tensors are
 on torch's meta device: their sizes are counted and nothing is computed, so that the figures are those of the algorithm on any machine,
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lodestar.benchmarks import _results
 from lodestar.guiders.learning.checkpoints import checkpointed, checkpointed_call
 
 SDXL = {
@@ -104,16 +105,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=1024, metavar="PIXELS", help="side of the pictures (default: 1024)")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="pictures at a time (default: 1)")
+    _results.add_option(parser)
     args = parser.parse_args(argv)
+    write = _results.is_wanted(parser, args)
     weights = sum(parameter.nbytes for parameter in unet().parameters())
     gib = 1 << 30
-    print(f"SDXL's UNet in float16: weights {weights / gib:.2f} GiB; {args.batch} x {args.size} pixels, both prompts; besides the weights:")
+    about = f"SDXL's UNet in float16 (its weights: {weights / gib:.1f} GiB), {args.batch} x {args.size} pixels, both prompts."
+    lines = [about, "", "| besides the weights | GiB |", "|---|---|"]
     for label, settings in {
         "sampling": (False, False),
         "search, a checkpoint per step": (False, True),
         "search, a checkpoint per step and per block": (True, True),
     }.items():
-        print(f"  {label:<45}{peak(args.size, args.batch, *settings) / gib:7.2f} GiB", flush=True)
+        lines.append(f"| {label} | {peak(args.size, args.batch, *settings) / gib:.1f} |")
+    print("\n".join(lines))
+    if write:
+        _results.write(_results.RESULTS, "search_memory", "\n".join(lines))
     return 0
 
 

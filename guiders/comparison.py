@@ -15,15 +15,18 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from .engine.attach import attach
+from .engine.checks import check_start
+from .engine.host import describe_latent, same_latent
 from .engine.keys import TIMER
 from .engine.log import last_log
-from .engine.plan import Policy, Rule, Shaper, plan_of
+from .engine.plan import Rule, plan_of
+from .engine.start import Start
 
 NAME = "Compare Guidance"
 
 
 @dataclass(frozen=True)
-class Column:
+class NamedModel:
     """A model, and what messages call it."""
 
     name: str
@@ -32,7 +35,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Sampled:
-    """What came out of one column. seconds: of the sampler's steps alone, without loading the model."""
+    """What came out of one model. seconds: of the sampler's steps alone, without loading the model."""
 
     samples: Tensor
     nfe: float
@@ -41,7 +44,7 @@ class Sampled:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What all columns have in common: KSampler's inputs, with its meaning."""
+    """What all models have in common: KSampler's inputs, with its meaning."""
 
     positive: list
     negative: list
@@ -53,13 +56,13 @@ class Comparison:
     scheduler: str
     denoise: float = 1.0
 
-    def run(self, columns: Sequence[Column]) -> list[Sampled]:
-        """Sample every column. Raises ValueError naming the column that is refused; most refusals come before anything is sampled."""
-        for column in columns:
-            _named(column, self._check, column.model, columns[0])
-        return [_named(column, self._sample, column.model, index, len(columns)) for index, column in enumerate(columns)]
+    def run(self, models: Sequence[NamedModel]) -> list[Sampled]:
+        """Sample every model. Raises ValueError naming the one that is refused; most refusals come before anything is sampled."""
+        for named in models:
+            _naming(named, self._check, named.model, models[0])
+        return [_naming(named, self._sample, named.model, index, len(models)) for index, named in enumerate(models)]
 
-    def _check(self, model: Any, first: Column) -> None:
+    def _check(self, model: Any, first: NamedModel) -> None:
         """What the engine refuses when a run starts, asked before the first run of all."""
         _check_latent(model, first)
         guider = comfy.samplers.CFGGuider(model)
@@ -69,13 +72,8 @@ class Comparison:
         if plan is None:
             return
         sampler = comfy.samplers.sampler_object(self.sampler_name)
-        for _, policy in plan.active(Policy):
-            policy.check(guider, sampler, self._sigmas(model))
         samples = self._samples(model)
-        for _, shaper in plan.active(Shaper):
-            attach(model, shaper)  # refuses a model whose CFG combination another pack has claimed since
-            if not samples.is_nested:
-                shaper.check(samples.shape)
+        check_start(plan, Start(guider, sampler, self._sigmas(model), None if samples.is_nested else samples.shape))
 
     def _sigmas(self, model: Any) -> Tensor:
         """The schedule [T + 1] that KSampler would use."""
@@ -109,21 +107,20 @@ class Comparison:
 
 
 def describe(model: Any, cfg: float) -> str:
-    """A model's rules and their settings, one a line; what a column is called if the user gives it no name."""
+    """A model's rules and their settings, one a line; what a model is called if the user gives it no name."""
     plan = plan_of(model.model_options)
     rules = [rule for rule in plan.rules if not rule.neutral] if plan is not None else []
     return "\n".join(map(_describe, rules)) or ("CFG" if cfg != 1 else "no guidance")
 
 
 def _describe(rule: Rule) -> str:
-    """The short name of a rule (in brackets at the end of the long one), its numbers, and those words that are not the default."""
-    name = rule.name.removesuffix(")").rpartition("(")[2]
+    """The short name of a rule, its numbers, and those words that are not the default."""
     settings = [text for field in fields(rule) if (text := _setting(field, getattr(rule, field.name)))]
     layers = getattr(getattr(rule, "perturbation", None), "layers", ())
     if layers:
         places = (f"{layer.stack}:{layer.block}" + (f".{layer.sub}" if layer.sub else "") for layer in layers)
         settings.append(f"layers {', '.join(places)}")
-    return f"{name}: {', '.join(settings)}" if settings else name
+    return f"{rule.short}: {', '.join(settings)}" if settings else rule.short
 
 
 def _setting(field: Field, value: Any) -> str:
@@ -132,25 +129,24 @@ def _setting(field: Field, value: Any) -> str:
     return f"{field.name} {value:g}" if isinstance(value, (int, float)) else ""
 
 
-def _check_latent(model: Any, first: Column) -> None:
+def _check_latent(model: Any, first: NamedModel) -> None:
     """One latent and one VAE cannot serve models with different ones."""
-    ours, others = (patcher.model.latent_format for patcher in (model, first.model))
-    if type(ours).__name__ != type(others).__name__ or ours.latent_channels != others.latent_channels:
+    if not same_latent(model, first.model):
         raise ValueError(
-            f"it works on {type(ours).__name__} latents with {ours.latent_channels} channels, {first.name} on {type(others).__name__} "
-            f"latents with {others.latent_channels}: compare models with the same kind of latent."
+            f"it works on {describe_latent(model)} latents, {first.name} on {describe_latent(first.model)} latents: compare models with "
+            "the same kind of latent."
         )
 
 
-def _named(column: Column, function: Callable[..., Any], *args: Any) -> Any:
+def _naming(named: NamedModel, function: Callable[..., Any], *args: Any) -> Any:
     try:
         return function(*args)
     except ValueError as error:
-        raise ValueError(f"{NAME}: {column.name}: {error}") from error
+        raise ValueError(f"{NAME}: {named.name}: {error}") from error
 
 
 def _progress(model: Any, steps: int, index: int, count: int) -> Callable[[int, Tensor, Tensor, int], None]:
-    """The sampler's callback for one column: the host's previews, and one bar over all columns' steps."""
+    """The sampler's callback for one model: the host's previews, and one bar over all models' steps."""
     callback = latent_preview.prepare_callback(model, steps * count)
     return lambda step, x0, x, _: callback(index * steps + min(step, steps - 1), x0, x, steps * count)
 

@@ -3,7 +3,8 @@
 /**
  * @typedef {[number, number | null]} Point step and value; null is a value that is not finite
  * @typedef {{threshold: number, steps: (number | null)[]}} Switch for each picture the first step without CFG
- * @typedef {{curve: string, points: Point[], policy: boolean, switch?: Switch}} NodeCurve
+ * @typedef {"update" | "weight" | "cosine"} Kind of the curve's values
+ * @typedef {{curve: string, kind: Kind, points: Point[], policy: boolean, switch?: Switch}} NodeCurve
  * @typedef {{width: number, height: number, steps: number}} Stage
  * @typedef {object} RunMessage
  * @property {string} prompt
@@ -32,13 +33,13 @@ const SMALL = "10px Inter, system-ui, sans-serif";
 /**
  * What the chart says, for the line above the curve and for screen readers.
  * @param {RunMessage} run
- * @returns {{cost: string, place: string}}
+ * @returns {{cost: string, progress: string}}
  */
 export function headline(run) {
   const whole = round(run.nfe + run.saved);
   const cost = run.saved ? `NFE ${round(run.nfe)} of ${whole} (${round(run.saved)} saved)` : `NFE ${round(run.nfe)}`;
   const stage = run.stages ? `stage ${run.stage + 1}/${run.stages.length}, ` : "";
-  return { cost, place: `${stage}step ${run.step}/${run.steps}` };
+  return { cost, progress: `${stage}step ${run.step}/${run.steps}` };
 }
 
 /**
@@ -48,8 +49,8 @@ export function headline(run) {
  * @returns {string}
  */
 export function describe(run, curve) {
-  const { cost, place } = headline(run);
-  return [cost, place, lastValue(curve) ?? "nothing to show so far", switched(curve)].filter(Boolean).join(", ");
+  const { cost, progress } = headline(run);
+  return [cost, progress, lastValue(curve) ?? "nothing to show so far", switched(curve)].filter(Boolean).join(", ");
 }
 
 /**
@@ -75,15 +76,15 @@ export function draw(pen, width, height, run, curve, palette) {
   if (curve.policy) drawEvaluations(pen, run, x, box.bottom + 3, height - PAD, palette);
 }
 
-/** Cost at the left, value and place in the schedule at the right as far as there is room. */
+/** Cost at the left, value and progress at the right as far as they fit. */
 function drawHead(pen, width, run, curve, palette) {
-  const { cost, place } = headline(run);
+  const { cost, progress } = headline(run);
   const middle = PAD + HEAD / 2 - 2;
   pen.font = FONT;
   label(pen, cost, PAD, middle, "left", "middle", palette.ink);
-  const room = width - 3 * PAD - pen.measureText(cost).width;
+  const free = width - 3 * PAD - pen.measureText(cost).width;
   const value = lastValue(curve);
-  const text = [value ? `${value} · ${place}` : place, place].find((fitting) => pen.measureText(fitting).width <= room);
+  const text = [value ? `${value} · ${progress}` : progress, progress].find((fitting) => pen.measureText(fitting).width <= free);
   if (text) label(pen, text, width - PAD, middle, "right", "middle", palette.soft);
 }
 
@@ -166,8 +167,8 @@ function scale(curve, box) {
   let [low, high] = [0, Math.max(...values, 0) || 1];
   if (threshold !== undefined) {
     const all = [...values, threshold];
-    const room = Math.max((Math.max(...all) - Math.min(...all)) * 0.15, 1e-4);
-    [low, high] = [Math.min(...all) - room, Math.max(...all) + room];
+    const margin = Math.max((Math.max(...all) - Math.min(...all)) * 0.15, 1e-4);
+    [low, high] = [Math.min(...all) - margin, Math.max(...all) + margin];
   }
   const top = box.top + (threshold === undefined ? 2 : 0);
   const y = (/** @type {number} */ value) => box.bottom - ((value - low) / (high - low)) * (box.bottom - top);
@@ -196,7 +197,8 @@ function stagesOf(run) {
 function lastValue(curve) {
   const value = curve.points.at(-1)?.[1];
   if (value == null) return undefined;
-  return `${curve.switch ? "γ" : curve.policy ? "CFG update" : "update"} ${short(value)}`;
+  const names = { update: curve.policy ? "CFG update" : "update", weight: "cfg", cosine: "γ" };
+  return `${names[curve.kind]} ${short(value)}`;
 }
 
 /** @param {NodeCurve} curve @returns {string} how many pictures go on without CFG */

@@ -10,7 +10,7 @@ from ..guiders.cfgpp.inversion import invert
 from ..guiders.cfgpp.sampler import INVERSION, LARGEST_LAMBDA, SAMPLER, cfgpp_sampler
 from ..guiders.cfgpp.solvers import HISTORIES, SOLVERS
 from ..guiders.engine.keys import NODE
-from .schema import ATTACHED, place_of
+from .schema import ATTACHED, graph_id
 
 CATEGORY = "lodestar/sampling"
 
@@ -61,7 +61,7 @@ class LodestarCFGPP(io.ComfyNode):
     def execute(cls, sampler: str, lambda_: float, eta: float, history: str) -> io.NodeOutput:
         """Make the sampler."""
         made = cfgpp_sampler(sampler, lambda_, eta, history)
-        setattr(made, NODE, place_of(cls))
+        setattr(made, NODE, graph_id(cls))
         return io.NodeOutput(made)
 
 

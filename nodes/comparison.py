@@ -8,7 +8,7 @@ import comfy.samplers
 from comfy_api.latest import io
 
 from ..guiders import comparison
-from ..pictures.comparison import Column, draw, table
+from ..pictures.comparison import LabelledPictures, draw, table
 
 _PREFIX = "model"
 _MOST = 12
@@ -76,10 +76,13 @@ class LodestarCompare(io.ComfyNode):
             positive=positive, negative=negative, latent=latent_image, seed=seed, steps=steps, cfg=cfg, sampler_name=sampler_name,
             scheduler=scheduler, denoise=denoise,
         )  # fmt: skip
-        sampled = settings.run([comparison.Column(_called(socket, names[socket]), model) for socket, model in connected.items()])
-        columns = [Column(name, _decode(vae, one.samples), one.nfe, one.seconds) for name, one in zip(names.values(), sampled, strict=True)]
-        told = f"seed {seed}, {steps} steps of {sampler_name} ({scheduler}), cfg {cfg:g}, denoise {denoise:g}"
-        return io.NodeOutput(draw(columns, told), table(columns, told))
+        sampled = settings.run([comparison.NamedModel(_called(socket, names[socket]), model) for socket, model in connected.items()])
+        columns = [
+            LabelledPictures(name, _decode(vae, one.samples), one.nfe, one.seconds)
+            for name, one in zip(names.values(), sampled, strict=True)
+        ]
+        settings_text = f"seed {seed}, {steps} steps of {sampler_name} ({scheduler}), cfg {cfg:g}, denoise {denoise:g}"
+        return io.NodeOutput(draw(columns, settings_text), table(columns, settings_text))
 
 
 def _label(labels: str, socket: str) -> str:

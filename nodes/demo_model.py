@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..demo.models import MODELS, STRENGTHS, load_clip, load_model, load_vae
 from ..guiders.engine.attach import attach
+
+MODELS, STRENGTHS = ("unet", "mmdit"), ("main", "weak")
 
 
 class LodestarDemoModel(io.ComfyNode):
@@ -37,4 +38,6 @@ class LodestarDemoModel(io.ComfyNode):
     @classmethod
     def execute(cls, model: str, strength: str) -> io.NodeOutput:
         """Load the embedded weights. The empty plan lets Guidance Report count plain CFG as well."""
-        return io.NodeOutput(attach(load_model(model, strength)), load_clip(), load_vae())
+        from ..demo import models  # here: it is built on the host's networks, which other nodes can do without
+
+        return io.NodeOutput(attach(models.load_model(model, strength)), models.load_clip(), models.load_vae())

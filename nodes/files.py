@@ -1,58 +1,114 @@
-"""Files in the host's ``models/guidance`` folder: what fits and searches found."""
+"""Pairs of save and load nodes: what fits, searches and trainings found, as files below the host's ``models`` folder."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 from comfy_api.latest import io
 
-FOLDER = "guidance"
-
-folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
+from .training_inputs import CATEGORY
 
 
-def listed(suffix: str) -> list[str]:
-    """The files of one kind."""
-    return [name for name in folder_paths.get_filename_list(FOLDER) if name.endswith(suffix)]
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file: its folder in ``models``, how its names end, and what those of new files begin with unless the user says so."""
+
+    folder: str
+    suffix: str
+    prefix: str
+
+    def names(self) -> list[str]:
+        """The files there are."""
+        return [name for name in folder_paths.get_filename_list(self.folder) if name.endswith(self.suffix)]
+
+    def path(self, name: str) -> Path:
+        """Where one of them is."""
+        return Path(folder_paths.get_full_path_or_raise(self.folder, name))
+
+    def fresh(self, prefix: str) -> Path:
+        """A path that no file has yet. Raises ValueError for one outside of the folder."""
+        if Path(prefix).is_absolute() or ".." in Path(prefix).parts:
+            raise ValueError(f"filename_prefix {prefix!r} leads out of models/{self.folder}; give a name inside of it.")
+        folder, name, counter, *_ = folder_paths.get_save_image_path(prefix, self.root)
+        return Path(folder) / f"{name}_{counter:05}_{self.suffix}"
+
+    @property
+    def root(self) -> str:
+        """The folder that new files are written to."""
+        return folder_paths.get_folder_paths(self.folder)[0]
 
 
-def file_input(suffix: str) -> io.Input:
-    """A choice among the files of one kind."""
-    return io.Combo.Input("file", options=listed(suffix), tooltip=f"A {suffix} file in the folder models/{FOLDER}.")
+@dataclass(frozen=True)
+class About:
+    """What a node's schema says of it."""
+
+    node_id: str
+    display_name: str
+    description: str
+    search_aliases: list[str]
 
 
-def prefix_input(default: str) -> io.Input:
-    """What a new file's name begins with."""
-    return io.String.Input(
-        "filename_prefix", default=default, tooltip=f"Name of the file in models/{FOLDER}; a number is appended. A/B makes a folder A."
-    )
+def save_and_load(
+    kind: Kind,
+    *,
+    save: About,
+    load: About,
+    value: io.Input,
+    outputs: list[io.Output],
+    write: Callable[[Any, Path], None],
+    read: Callable[[Path], tuple],
+) -> tuple[type[io.ComfyNode], type[io.ComfyNode]]:
+    """Two node classes: one writes its input ``value`` to a new file, the other reads a file and has ``outputs``.
 
+    write(value, path) writes; read(path) gives one thing for each output, and raises ValueError for what it cannot read.
+    """
+    folder_paths.add_model_folder_path(kind.folder, str(Path(folder_paths.models_dir) / kind.folder))
 
-def existing(file: str) -> Path:
-    """Where a listed file is."""
-    return Path(folder_paths.get_full_path_or_raise(FOLDER, file))
+    class Save(io.ComfyNode):
+        """Writes a new file and never overwrites one."""
 
+        @classmethod
+        def define_schema(cls) -> io.Schema:
+            """Schema."""
+            prefix = io.String.Input(
+                "filename_prefix", default=kind.prefix,
+                tooltip=f"Name of the file in models/{kind.folder}; a number is appended. A/B makes a folder A.",
+            )  # fmt: skip
+            name = io.String.Output("file", tooltip=f"The file's name, as {load.display_name} lists it.")
+            return io.Schema(**vars(save), category=CATEGORY, is_output_node=True, inputs=[value, prefix], outputs=[name])
 
-def saved(filename_prefix: str, suffix: str, save: Callable[[Path], None]) -> io.NodeOutput:
-    """A save node's output: the name of the new file that ``save`` has written."""
-    path = fresh(filename_prefix, suffix)
-    save(path)
-    name = str(path.relative_to(folder_paths.get_folder_paths(FOLDER)[0]))
-    return io.NodeOutput(name, ui={"text": (name,)})
+        @classmethod
+        def execute(cls, filename_prefix: str, **inputs: Any) -> io.NodeOutput:
+            """Write, and show the name."""
+            path = kind.fresh(filename_prefix)
+            write(inputs[value.id], path)
+            name = str(path.relative_to(kind.root))
+            return io.NodeOutput(name, ui={"text": (name,)})
 
+    class Load(io.ComfyNode):
+        """Reads a file."""
 
-def fresh(filename_prefix: str, suffix: str) -> Path:
-    """A path that no file has yet. Raises ValueError for one outside of the folder."""
-    root = folder_paths.get_folder_paths(FOLDER)[0]
-    if Path(filename_prefix).is_absolute() or ".." in Path(filename_prefix).parts:
-        raise ValueError(f"filename_prefix {filename_prefix!r} leads out of models/{FOLDER}; give a name inside of it.")
-    folder, name, counter, *_ = folder_paths.get_save_image_path(filename_prefix, root)
-    return Path(folder) / f"{name}_{counter:05}_{suffix}"
+        @classmethod
+        def define_schema(cls) -> io.Schema:
+            """Schema."""
+            tooltip = f"A {kind.suffix} file in the folder models/{kind.folder}."
+            file = io.Combo.Input("file", options=kind.names(), tooltip=tooltip)
+            return io.Schema(**vars(load), category=CATEGORY, inputs=[file], outputs=outputs)
 
+        @classmethod
+        def execute(cls, file: str) -> io.NodeOutput:
+            """Read."""
+            return io.NodeOutput(*read(kind.path(file)))
 
-def fingerprint(file: str) -> str:
-    """Changes with the file's content, so that the host loads it again."""
-    return hashlib.sha256(existing(file).read_bytes()).hexdigest()
+        @classmethod
+        def fingerprint_inputs(cls, file: str) -> str:
+            """Changes with the file's content, so that the host reads it again."""
+            return hashlib.sha256(kind.path(file).read_bytes()).hexdigest()
+
+    Save.__name__, Load.__name__ = Save.__qualname__, Load.__qualname__ = save.node_id, load.node_id
+    return Save, Load

@@ -7,10 +7,10 @@ from typing import Any
 import comfy.samplers
 from comfy_api.latest import io
 
-from ..guiders.frecas.cascade import Cascade, begin, transition
+from ..guiders.frecas.cascade import Cascade
 from ..guiders.frecas.stages import NAME, Stage
-from ..guiders.frecas.transition import RESIZES
-from .schema import PLACE, place_of
+from ..guiders.frecas.transition import RESIZES, advance, begin
+from .schema import HIDDEN, graph_id
 
 CATEGORY = "lodestar/sampling"
 _SEED = {"default": 0, "min": 0, "max": 2**64 - 1, "control_after_generate": True}
@@ -86,7 +86,7 @@ class LodestarFreCaS(io.ComfyNode):
                 io.Latent.Output(tooltip="The last stage's result."),
                 io.Latent.Output("stage_latents", is_output_list=True, tooltip="Every stage's clean picture, for previews."),
             ],
-            hidden=list(PLACE),
+            hidden=list(HIDDEN),
         )  # fmt: skip
 
     @classmethod
@@ -97,7 +97,7 @@ class LodestarFreCaS(io.ComfyNode):
         """Run all stages."""
         cascade = Cascade.read(
             stages, model=model, vae=vae, cfg=cfg, sampler=sampler, scheduler=scheduler, gamma=gamma, high_scale=high_scale,
-            map_weight=map_weight, resize=resize, node=place_of(cls),
+            map_weight=map_weight, resize=resize, node=graph_id(cls),
         )  # fmt: skip
         results = cascade.sample(positive, negative, seed, cascade.latent(latent, batch_size))
         return io.NodeOutput(results[-1], results)
@@ -153,5 +153,7 @@ class LodestarStageTransition(io.ComfyNode):
         """Begin the first stage, or the next one."""
         target = Stage(width, height, steps, end)
         if denoised is None and sigmas is None:
-            return io.NodeOutput(*begin(model, vae, target, scheduler, seed, batch_size))
-        return io.NodeOutput(*transition(model, vae, target, scheduler, seed, stage, gamma, resize, denoised, sigmas))
+            start = begin(model, vae, target, scheduler, seed, batch_size)
+        else:
+            start = advance(model, vae, target, scheduler, seed, stage, gamma, resize, denoised, sigmas)
+        return io.NodeOutput({"samples": start.latent}, start.sigmas, start.seed)

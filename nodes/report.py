@@ -10,6 +10,8 @@ from ..guiders.engine.log import last_log
 from ..guiders.engine.plan import plan_of
 from ..pictures.report import draw, table
 
+UI = "lodestar_report"  # among a prompt's outputs in the host's history: the log as plain values, for programs
+
 
 class LodestarReport(io.ComfyNode):
     """Shows the log of the model's last sampling run."""
@@ -44,4 +46,4 @@ class LodestarReport(io.ComfyNode):
         log = last_log(plan)
         if log is None:
             raise ValueError("Guidance Report: this model has not been sampled yet; connect the sampler's LATENT output to latent.")
-        return io.NodeOutput(latent, draw(log), table(log))
+        return io.NodeOutput(latent, draw(log), table(log), ui={UI: [log.to_json()]})

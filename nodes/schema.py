@@ -1,4 +1,4 @@
-"""Inputs that several nodes share."""
+"""What the nodes of guidance rules share: their schema, the inputs that several of them have, and how a rule is attached."""
 
 from __future__ import annotations
 
@@ -10,44 +10,49 @@ from ..guiders.engine.attach import attach
 from ..guiders.engine.plan import Rule
 
 CATEGORY = "lodestar/guidance"
-PLACE = (io.Hidden.unique_id, io.Hidden.dynprompt)  # what a schema has to ask for so that ``place_of`` knows the node
-# In the schema of nodes whose result bears their place: the host must not take that of an equal node elsewhere.
-ATTACHED: dict[str, Any] = {"hidden": list(PLACE), "not_idempotent": True}
+HIDDEN = (io.Hidden.unique_id, io.Hidden.dynprompt)  # what a schema has to ask for so that ``graph_id`` knows the node
+# In the schema of nodes whose result bears their id: the host must not take that of an equal node elsewhere.
+ATTACHED: dict[str, Any] = {"hidden": list(HIDDEN), "not_idempotent": True}
 
 
-def model_input(tooltip: str = "The model to guide. Chain several guidance nodes in any order.") -> io.Model.Input:
-    """The MODEL that a rule is attached to."""
-    return io.Model.Input("model", tooltip=tooltip)
+def guidance_schema(rule: type[Rule], *, node_id: str, description: str, search_aliases: list[str], inputs: list[io.Input]) -> io.Schema:
+    """The schema of a node that attaches a rule to a model: the model goes in before the other ``inputs`` and comes out guided."""
+    return io.Schema(
+        node_id=node_id,
+        display_name=rule.name,
+        category=CATEGORY,
+        description=description,
+        search_aliases=search_aliases,
+        inputs=[io.Model.Input("model", tooltip="The model to guide. Chain several guidance nodes in any order."), *inputs],
+        outputs=[io.Model.Output(tooltip="The model with the guidance attached.")],
+        **ATTACHED,
+    )
 
 
 def window_inputs() -> list[io.Input]:
     """Share of the schedule in which a rule acts."""
     return [
         io.Float.Input(
-            "start_percent", default=0.0, min=0.0, max=1.0, step=0.001,
+            "start_percent", default=Rule.start_percent, min=0.0, max=1.0, step=0.001,
             tooltip="Where the effect begins, as a share of the schedule (0 is pure noise, 1 is the finished image).",
         ),
         io.Float.Input(
-            "end_percent", default=1.0, min=0.0, max=1.0, step=0.001,
+            "end_percent", default=Rule.end_percent, min=0.0, max=1.0, step=0.001,
             tooltip="Where the effect ends, as a share of the schedule (0 is pure noise, 1 is the finished image).",
         ),
     ]  # fmt: skip
 
 
-def place_of(node: type[io.ComfyNode]) -> str | None:
+def guided(node: type[io.ComfyNode], model: Any, rule: Rule) -> io.NodeOutput:
+    """The model with a node's rule attached. Raises ValueError for a window that ends before it begins."""
+    if rule.start_percent > rule.end_percent:
+        raise ValueError(f"{rule.name}: start_percent {rule.start_percent} lies after end_percent {rule.end_percent}.")
+    return io.NodeOutput(attach(model, rule, graph_id(node)))
+
+
+def graph_id(node: type[io.ComfyNode]) -> str | None:
     """Id of the node that is being executed, as the user's graph has it: of an expanded one, that of the node it was made by."""
     hidden = node.hidden
     if hidden is None or hidden.unique_id is None:
         return None
     return hidden.unique_id if hidden.dynprompt is None else hidden.dynprompt.get_display_node_id(hidden.unique_id)
-
-
-def guided(node: type[io.ComfyNode], model: Any, rule: Rule) -> io.NodeOutput:
-    """The model with a node's rule attached."""
-    return io.NodeOutput(attach(model, rule, place_of(node)))
-
-
-def check_window(node: str, start_percent: float, end_percent: float) -> None:
-    """Raise ValueError for a window that ends before it begins."""
-    if start_percent > end_percent:
-        raise ValueError(f"{node}: start_percent {start_percent} lies after end_percent {end_percent}.")

@@ -1,1 +1,1 @@
-"""Text on pictures, for the nodes and for the demo."""
+"""Everything that is drawn, for the nodes and for the demo."""

@@ -15,11 +15,11 @@ from .colour import mean_saturation
 from .text import line_height, unwritable, wrapped, write
 
 _INK, _SOFT, _PAPER = "#1f2933", "#5f6b7a", "#ffffff"
-_SMALLEST = 256  # pixels: cells that are smaller are enlarged, so that there is room for their labels
+_SMALLEST = 256  # pixels: cells that are smaller are enlarged, so that their labels fit
 
 
 @dataclass(frozen=True)
-class Column:
+class LabelledPictures:
     """images [B, H, W, 3] in [0, 1], what made them, and what that took."""
 
     label: str
@@ -33,7 +33,7 @@ class Column:
         return mean_saturation(255 * self.images[..., :3].numpy())
 
 
-def table(columns: Sequence[Column], settings: str) -> str:
+def table(columns: Sequence[LabelledPictures], settings: str) -> str:
     """The numbers of every column as aligned text, and the characters that the picture could not show."""
     rows = [("", "NFE", "seconds", "saturation", "model")]
     rows += [(str(n), _number(c.nfe), f"{c.seconds:.2f}", f"{c.saturation:.3f}", _in_line(c.label)) for n, c in enumerate(columns, 1)]
@@ -47,16 +47,16 @@ def table(columns: Sequence[Column], settings: str) -> str:
     return "\n".join(lines)
 
 
-def draw(columns: Sequence[Column], settings: str) -> Tensor:
+def draw(columns: Sequence[LabelledPictures], settings: str) -> Tensor:
     """The grid as an IMAGE [1, H, W, 3]: a column for each model, a row for each image; pixels of the images are kept as they are."""
     sheet = _Sheet.of(columns, settings)
     paper = Image.new("RGB", sheet.size, _PAPER)
     pen = ImageDraw.Draw(paper)
     write(pen, (sheet.left, sheet.gap), sheet.settings, sheet.small, _SOFT)
     for number, (column, head) in enumerate(zip(columns, sheet.heads, strict=True)):
-        place = (sheet.x(number), sheet.top)
-        write(pen, place, head, sheet.large, _INK)
-        write(pen, (place[0], place[1] + _height(head, sheet.large)), _numbers(column), sheet.small, _SOFT)
+        x, y = sheet.x(number), sheet.top
+        write(pen, (x, y), head, sheet.large, _INK)
+        write(pen, (x, y + _height(head, sheet.large)), _numbers(column), sheet.small, _SOFT)
     for row in range(sheet.rows):
         write(pen, (sheet.gap, sheet.y(row)), str(row + 1), sheet.small, _SOFT)
     grid = torch.from_numpy(np.asarray(paper, dtype=np.float32) / 255)
@@ -80,29 +80,29 @@ class _Sheet:
     gap: int
 
     @classmethod
-    def of(cls, columns: Sequence[Column], settings: str) -> _Sheet:
+    def of(cls, columns: Sequence[LabelledPictures], settings: str) -> _Sheet:
         """Cells as large as the largest image, and texts that grow with them."""
         height, width = (max(column.images.shape[axis] for column in columns) for axis in (1, 2))
         factor = max(1, _SMALLEST // max(height, width))
         cell = (width * factor, height * factor)
         small, large, gap = (max(1, round(pixels * max(cell[0], 160) / 256)) for pixels in (12, 15, 10))
         heads = [wrapped(_shown(number, column.label), large, cell[0]) for number, column in enumerate(columns, 1)]
-        told = wrapped(settings, small, len(columns) * (cell[0] + gap) - gap)
-        return cls(heads, told, factor, cell, max(len(column.images) for column in columns), small, large, gap)
+        settings = wrapped(settings, small, len(columns) * (cell[0] + gap) - gap)
+        return cls(heads, settings, factor, cell, max(len(column.images) for column in columns), small, large, gap)
 
     @property
     def left(self) -> int:
-        """Beside the numbers of the rows."""
+        """Left edge of the columns, right of the rows' numbers."""
         return 3 * self.gap
 
     @property
     def top(self) -> int:
-        """Below the settings."""
+        """Upper edge of the columns' heads, below the settings."""
         return 2 * self.gap + _height(self.settings, self.small)
 
     @property
     def size(self) -> tuple[int, int]:
-        """Of the whole."""
+        """Width and height of the picture."""
         return self.x(len(self.heads)), self.y(self.rows)
 
     def x(self, number: int) -> int:
@@ -119,7 +119,7 @@ def _height(text: str, size: int) -> int:
     return (text.count("\n") + 1) * line_height(size)
 
 
-def _numbers(column: Column) -> str:
+def _numbers(column: LabelledPictures) -> str:
     return f"NFE {_number(column.nfe)}\n{column.seconds:.2f} s\nsaturation {column.saturation:.3f}"
 
 

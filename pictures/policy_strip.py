@@ -8,7 +8,7 @@ from PIL import ImageDraw, ImageFont
 
 from ..guiders.engine.choice import Choice
 
-HEIGHT = 58  # with the room above
+HEIGHT = 58  # with the legend above
 _CELL, _ABOVE = 22, 30
 _KINDS = {"CFG": "#3366aa", "predicted": "#b37400", "conditional": "#bcd9c3", "unconditional": "#b9bec6"}
 _LIGHT = ("CFG", "predicted")  # cells on which text is white

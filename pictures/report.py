@@ -7,22 +7,27 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, cycle
 from statistics import mean
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from ..guiders.engine.curves import Kind, Quantity
 from ..guiders.engine.log import RunLog, Switch
 from . import policy_strip
 
-_WIDTH, _PANEL_HEIGHTS = 960, (300, 150)
-_LEFT, _RIGHT, _TOP, _GAP, _FOOT = 76, 28, 62, 62, 66  # margins, and the room above and below the panels
+_WIDTH = 960
+_PANELS: dict[Kind, tuple[str, int]] = {  # title and height of the panel for each kind of curve, from top to bottom
+    "update": ("size of each update, relative to the denoised image", 300),
+    "weight": ("weight of plain CFG that does the same in the step", 150),
+    "cosine": ("direction", 150),
+}
+_LEFT, _RIGHT, _TOP, _GAP, _FOOT = 76, 28, 62, 62, 66  # margins, and the space above and below the panels
 _COLOURS = ("#3366aa", "#cc3d52", "#228833", "#8e4aa8", "#b37400", "#1b8fa8", "#666666", "#8a5a44")
 _INK, _SOFT, _GRID, _PAPER = "#1f2933", "#5f6b7a", "#e3e8ee", "#ffffff"
-_ENOUGH = 30  # curves whose largest values differ by more share a logarithmic axis
-
-_DIRECTION = "direction"
+_LARGEST_RATIO = 30  # curves whose largest values differ by more share a logarithmic axis
 
 Curve = Mapping[int, float]  # step -> value
 
@@ -41,12 +46,12 @@ def table(log: RunLog) -> str:
     ]
     lines = [f"{label:<9}{value!s:>8}  {note}".rstrip() for label, value, note in rows]
     if log.curves:
-        width = max(map(len, log.curves))
+        width = max(len(quantity.name) for quantity in log.curves)
         lines += ["", f"{'curve':<{width}}  {'steps':>7}{'first':>10}{'mean':>10}{'last':>10}"]
-    for label, curve in log.curves.items():
+    for quantity, curve in log.curves.items():
         values = list(curve.values())
         numbers = "".join(f"{value:>10.4f}" for value in (values[0], mean(values), values[-1]))
-        lines.append(f"{label:<{width}}  {f'{min(curve)}-{max(curve)}':>7}{numbers}")
+        lines.append(f"{quantity.name:<{width}}  {f'{min(curve)}-{max(curve)}':>7}{numbers}")
     for name, switch in log.switches.items():
         first = ", ".join("-" if step is None else str(step) for step in switch.steps)
         lines += ["", f"{name}, threshold {switch.threshold:g}: first step without CFG, for each image: {first or '-'}"]
@@ -60,31 +65,24 @@ def _number(value: float) -> str:
 
 def draw(log: RunLog) -> torch.Tensor:
     """The curves as an IMAGE [1, H, W, 3] in [0, 1]: the updates above, weights and cosines on axes of their own below."""
-    cosines = {label: curve for label, curve in log.curves.items() if label.startswith("cosine")}
-    weights = {label: curve for label, curve in log.curves.items() if label.startswith("equivalent cfg")}
-    updates = {label: curve for label, curve in log.curves.items() if label not in cosines | weights}
-    panels = [("size of each update, relative to the denoised image", updates, _PANEL_HEIGHTS[0])]
-    if weights:
-        panels.append(("weight of plain CFG that does the same in the step", weights, _PANEL_HEIGHTS[1]))
-    if cosines:
-        panels.append((_DIRECTION, cosines, _PANEL_HEIGHTS[1]))
+    curves = {kind: {of: curve for of, curve in log.curves.items() if of.kind == kind} for kind in _PANELS}
+    shown = [kind for kind in _PANELS if curves[kind] or kind == "update"]
     strip = policy_strip.HEIGHT if policy_strip.wanted(log.choices) else 0
-    height = _TOP + strip + sum(_GAP + of_panel for *_, of_panel in panels) + _FOOT
+    height = _TOP + strip + sum(_GAP + _PANELS[kind][1] for kind in shown) + _FOOT
     picture = Image.new("RGB", (_WIDTH, height), _PAPER)
     pen = ImageDraw.Draw(picture)
     title = f"{_number(log.nfe)} evaluations (NFE) in {log.steps} steps" + (f", {_number(log.saved)} saved" if log.saved else "")
     costs = f"batch {log.batch}:  {log.rows} rows in {log.calls} model calls,  {log.seconds:.2f} s"
     pen.text((_LEFT, 18), title, fill=_INK, font=_font(22))
     pen.text((_LEFT, 48), costs, fill=_SOFT, font=_font(15))
-    colours = dict(zip([*updates, *weights, *cosines], _COLOURS * (1 + len(log.curves) // len(_COLOURS)), strict=False))
+    colours = dict(zip(chain(*curves.values()), cycle(_COLOURS)))
     if strip:
         width = min((_WIDTH - _LEFT - _RIGHT) / log.steps, 28.0)
         policy_strip.draw_strip(pen, log.choices, _TOP + 8, _LEFT, width, partial(_x, steps=log.steps), _font, _INK)
     y = _TOP + strip
-    for name, curves, of_panel in panels:
-        y += _GAP
-        _panel(pen, name, curves, colours, log, (y, y + of_panel))
-        y += of_panel
+    for kind in shown:
+        top, y = y + _GAP, y + _GAP + _PANELS[kind][1]
+        _panel(pen, kind, curves[kind], colours, log, (top, y))
     _schedule(pen, log, y)
     return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)[None]
 
@@ -100,16 +98,16 @@ class _Axis:
     bottom: int
 
     @classmethod
-    def of(cls, curves: Mapping[str, Curve], zoomed: bool, span: tuple[int, int], more: Sequence[float] = ()) -> _Axis:
+    def of(cls, curves: Mapping[Quantity, Curve], zoomed: bool, span: tuple[int, int], more: Sequence[float] = ()) -> _Axis:
         """An axis for these curves and more values; ``zoomed``: around them, otherwise from 0."""
         values = [value for curve in curves.values() for value in curve.values() if math.isfinite(value)] or [0.0, 1.0]
         values += more
         peaks = [max(curve.values()) for curve in curves.values()]
         if zoomed:
             low, high = min(values), max(values)
-            room = max((high - low) * 0.1, 1e-4)
-            return cls(low - room, min(high + room, 1.0) if high <= 1 else high + room, False, *span)
-        if min(peaks, default=1.0) > 0 and max(peaks, default=1.0) / min(peaks, default=1.0) > _ENOUGH:
+            margin = max((high - low) * 0.1, 1e-4)
+            return cls(low - margin, min(high + margin, 1.0) if high <= 1 else high + margin, False, *span)
+        if min(peaks, default=1.0) > 0 and max(peaks, default=1.0) / min(peaks, default=1.0) > _LARGEST_RATIO:
             low = max(min(value for value in values if value > 0), max(values) * 1e-4)
             return cls(10 ** math.floor(math.log10(low)), max(values) * 1.3, True, *span)
         return cls(0.0, max(values) * 1.08 or 1.0, False, *span)
@@ -134,12 +132,17 @@ class _Axis:
 
 
 def _panel(
-    pen: ImageDraw.ImageDraw, name: str, curves: Mapping[str, Curve], colours: Mapping[str, str], log: RunLog, span: tuple[int, int]
+    pen: ImageDraw.ImageDraw,
+    kind: Kind,
+    curves: Mapping[Quantity, Curve],
+    colours: Mapping[Quantity, str],
+    log: RunLog,
+    span: tuple[int, int],
 ) -> None:
     """Axis, legend and curves; thresholds, and where they were met."""
     switches = [switch for switch in log.switches.values() if switch.curve in curves]
-    axis = _Axis.of(curves, name == _DIRECTION, span, [switch.threshold for switch in switches])
-    pen.text((_LEFT, axis.top - 46), name + (" (logarithmic)" if axis.log else ""), fill=_SOFT, font=_font(14))
+    axis = _Axis.of(curves, kind == "cosine", span, [switch.threshold for switch in switches])
+    pen.text((_LEFT, axis.top - 46), _PANELS[kind][0] + (" (logarithmic)" if axis.log else ""), fill=_SOFT, font=_font(14))
     for value, text in axis.ticks():
         y = axis.pixel(value)
         pen.line([(_LEFT, y), (_WIDTH - _RIGHT, y)], fill=_GRID)
@@ -147,17 +150,17 @@ def _panel(
     if not curves:
         pen.text((_WIDTH / 2, (axis.top + axis.bottom) / 2), "nothing was recorded in this run", fill=_SOFT, font=_font(16), anchor="mm")
     x, small = float(_LEFT), _font(14)
-    if sum(44 + pen.textlength(label, font=small) for label in curves) > _WIDTH - _LEFT:
+    if sum(44 + pen.textlength(quantity.name, font=small) for quantity in curves) > _WIDTH - _LEFT:
         small = _font(11)
-    for label, curve in curves.items():
-        pen.rectangle([x, axis.top - 19, x + 14, axis.top - 15], fill=colours[label])
-        pen.text((x + 20, axis.top - 17), label, fill=_INK, font=small, anchor="lm")
-        x += 44 + pen.textlength(label, font=small)
+    for quantity, curve in curves.items():
+        pen.rectangle([x, axis.top - 19, x + 14, axis.top - 15], fill=colours[quantity])
+        pen.text((x + 20, axis.top - 17), quantity.name, fill=_INK, font=small, anchor="lm")
+        x += 44 + pen.textlength(quantity.name, font=small)
         for part in _unbroken(curve):
             points = [(_x(step, log.steps), axis.pixel(value)) for step, value in part]
-            pen.line(points, fill=colours[label], width=3, joint="curve")
+            pen.line(points, fill=colours[quantity], width=3, joint="curve")
             for px, py in points:
-                pen.ellipse([px - 3, py - 3, px + 3, py + 3], fill=colours[label])
+                pen.ellipse([px - 3, py - 3, px + 3, py + 3], fill=colours[quantity])
 
     for switch in switches:
         _switch(pen, switch, axis, colours[switch.curve], log.steps)

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from .text import unwritable, wrapped, write
 
-CELL, GAP, HEAD, SIDE = 256, 12, 84, 190  # pixels: a cell's side, between cells, labels above and beside them
+CELL, GAP, HEAD, SIDE = 256, 12, 84, 190  # pixels: a cell's side, between cells, labels above them and at their left
 _INK, _FAINT, _PAPER = "#222222", "#666666", "#ffffff"
 
 
@@ -28,9 +28,8 @@ def comparison(
         for r, pictures in enumerate(cells):
             picture.paste(tiled(pictures), (x, HEAD + r * (CELL + GAP)))
     for r, side in enumerate(sides):
-        place = (GAP, HEAD + r * (CELL + GAP))
         shown = f"Prompt {r + 1}\n(see the table)" if unwritable(side) else wrapped(side, 16, SIDE - GAP)
-        write(pen, place, shown, 16, _INK)
+        write(pen, (GAP, HEAD + r * (CELL + GAP)), shown, 16, _INK)
     return picture
 
 

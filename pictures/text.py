@@ -23,10 +23,10 @@ _SHAPELESS = {"Mn", "Me", "Mc", "Cf", "Cc", "Zs", "Zl", "Zp"}  # marks, controls
 _NO_CHARACTER = "\U0010ffff"
 
 
-def write(pen: ImageDraw.ImageDraw, place: tuple[float, float], text: str, size: int, colour: str) -> None:
+def write(pen: ImageDraw.ImageDraw, corner: tuple[float, float], text: str, size: int, colour: str) -> None:
     """Write lines of text from their top left corner downwards."""
     for number, line in enumerate(text.split("\n")):
-        x, baseline = place[0], place[1] + size + number * line_height(size)
+        x, baseline = corner[0], corner[1] + size + number * line_height(size)
         for font, part in _parts(line, size):
             pen.text((x, baseline), part, fill=colour, font=font, anchor="ls")
             x += pen.textlength(part, font=font)
@@ -42,9 +42,9 @@ def width(text: str, size: int) -> float:
     return sum(font.getlength(part) for font, part in _parts(text, size))
 
 
-def wrapped(text: str, size: int, room: float) -> str:
-    """The text with line breaks, so that no line takes more than ``room`` pixels; words longer than that are cut."""
-    return "\n".join(line for paragraph in text.split("\n") for line in _lines(paragraph, size, room))
+def wrapped(text: str, size: int, limit: float) -> str:
+    """The text with line breaks, so that no line takes more than ``limit`` pixels; words longer than that are cut."""
+    return "\n".join(line for paragraph in text.split("\n") for line in _lines(paragraph, size, limit))
 
 
 def unwritable(text: str) -> str:
@@ -52,15 +52,15 @@ def unwritable(text: str) -> str:
     return "".join(dict.fromkeys(character for character in text if _has_shape(character) and not _writable(character)))
 
 
-def _lines(paragraph: str, size: int, room: float) -> Iterator[str]:
+def _lines(paragraph: str, size: int, limit: float) -> Iterator[str]:
     line = ""
     for word in _words(paragraph):
-        if line and width((line + word).rstrip(), size) > room:
+        if line and width((line + word).rstrip(), size) > limit:
             yield line.rstrip()
             line = ""
         line += word.lstrip() if not line else word
-        while width(line.rstrip(), size) > room and len(line) > 1:
-            fits = next((n for n in range(len(line) - 1, 1, -1) if width(line[:n], size) <= room), 1)
+        while width(line.rstrip(), size) > limit and len(line) > 1:
+            fits = next((n for n in range(len(line) - 1, 1, -1) if width(line[:n], size) <= limit), 1)
             yield line[:fits]
             line = line[fits:]
     yield line.rstrip()

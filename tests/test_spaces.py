@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
-from lodestar.guiders.engine.schedule import window
 from lodestar.guiders.spaces import (
     Layout,
     cosine_per_sample,
@@ -22,11 +19,6 @@ SHAPES = [(2, 8), (2, 4, 6), (2, 4, 6, 5), (2, 4, 3, 6, 5)]
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def test_window_is_read_from_the_models_schedule():
-    model_sampling = SimpleNamespace(percent_to_sigma=lambda percent: 14.6 * (1 - percent))
-    assert window(model_sampling, 0.0, 0.5) == (14.6, 7.3)
 
 
 @pytest.mark.parametrize("t", [0.0, 0.1, 0.5, 0.9])

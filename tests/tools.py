@@ -30,6 +30,7 @@ import comfy.samplers
 import comfy.supported_models
 import comfy_extras.nodes_custom_sampler as custom
 import comfy_extras.nodes_perpneg as perpneg
+import comfyui_version
 import node_helpers
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -45,7 +46,14 @@ from lodestar.guiders.shapers.apg import APG, projected_update
 from lodestar.guiders.terms.autoguidance import Autoguidance
 from lodestar.guiders.terms.pag import PAG
 
-__all__ = ["comfy", "custom", "node_helpers", "nodes", "perpneg"]  # for tests, which must not import the host before this
+__all__ = [
+    "comfy",
+    "comfyui_version",
+    "custom",
+    "node_helpers",
+    "nodes",
+    "perpneg",
+]  # for tests, which must not import the host before this
 
 torch.set_num_threads(1)  # networks this small lose most of their time to threads that wait for each other
 
@@ -167,6 +175,11 @@ def sample(
 def log_of(model: Any) -> Any:
     """The log of the last run of a model that carries a plan."""
     return last_log(plan_of(model.model_options))
+
+
+def curves_of(log: Any) -> dict[str, dict[int, float]]:
+    """A log's curves by the name of what they show."""
+    return {quantity.name: curve for quantity, curve in log.curves.items()}
 
 
 # --- guided models ---------------------------------------------------------------------------------------------------

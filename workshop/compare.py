@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from workshop.serving import checkpoint_names, server
 WORKFLOWS = Path(__file__).resolve().parents[1] / "workflows"
 
 
-class Column(NamedTuple):
+class Method(NamedTuple):
     """A guidance method: the workflow that shows it, and whether CFG acts too (otherwise its cfg is 1)."""
 
     label: str
@@ -39,13 +39,13 @@ class Column(NamedTuple):
     with_cfg: bool = True
 
 
-COLUMNS = (
-    Column("CFG", "demo_model"),
-    Column("APG", "apg"),
-    Column("PAG", "pag", with_cfg=False),
-    Column("CFG + PAG", "pag"),
-    Column("APG + PAG", "apg_pag"),
-    Column("Autoguidance", "autoguidance", with_cfg=False),
+METHODS = (
+    Method("CFG", "demo_model"),
+    Method("APG", "apg"),
+    Method("PAG", "pag", with_cfg=False),
+    Method("CFG + PAG", "pag"),
+    Method("APG + PAG", "apg_pag"),
+    Method("Autoguidance", "autoguidance", with_cfg=False),
 )
 SHAPES_PROMPTS = (
     "a large purple pentagon on a cream background",
@@ -74,9 +74,9 @@ class Settings:
 class Result:
     """One column's pictures (a list for each prompt), its report's numbers, or why there are none."""
 
-    column: Column
+    method: Method
     pictures: list[list[Image.Image]] = field(default_factory=list)
-    reports: list[dict[str, float]] = field(default_factory=list)
+    reports: list[dict[str, Any]] = field(default_factory=list)
     problem: str = ""
 
     def number(self, name: str) -> float:
@@ -151,16 +151,16 @@ def usual_size(checkpoint: Path) -> int:
 def compare(client: api.Client, settings: Settings) -> list[Result]:
     """Run every column for every prompt. One that cannot be run says why, except plain CFG, which raises PromptError."""
     results = []
-    with tqdm(total=len(COLUMNS) * len(settings.prompts), unit="run", bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} {elapsed}") as bar:
-        for column in COLUMNS:
-            bar.set_description(f"{column.label:<12}")
-            result = Result(column)
+    with tqdm(total=len(METHODS) * len(settings.prompts), unit="run", bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} {elapsed}") as bar:
+        for method in METHODS:
+            bar.set_description(f"{method.label:<12}")
+            result = Result(method)
             results.append(result)
             try:
                 for text in settings.prompts:
                     one_run(client, settings, result, text, bar)
             except api.PromptError as error:
-                if column is COLUMNS[0]:
+                if method is METHODS[0]:
                     raise
                 result.problem = str(error)
             bar.n = len(results) * len(settings.prompts)
@@ -169,28 +169,23 @@ def compare(client: api.Client, settings: Settings) -> list[Result]:
 
 def one_run(client: api.Client, settings: Settings, result: Result, text: str, bar: tqdm) -> None:
     """Make one cell's pictures and keep its report."""
-    prompt, image, report = prompt_for(client, settings, result.column, text)
+    prompt, image, report = prompt_for(client, settings, result.method, text)
     outputs = client.run(prompt, tick=lambda: sys.stderr.isatty() and bar.refresh())
     result.pictures.append([Image.open(io.BytesIO(file)).convert("RGB") for file in client.images(outputs[image])])
-    result.reports.append(numbers(outputs[report]["text"][0]))
+    result.reports.append(outputs[report]["lodestar_report"][0])
     bar.update()
 
 
-def numbers(report: str) -> dict[str, float]:
-    """The counters in a Guidance Report's table."""
-    return {name: float(value) for name, value in re.findall(r"^(\w+) +([\d.]+)", report, re.MULTILINE)}
-
-
-def prompt_for(client: api.Client, settings: Settings, column: Column, text: str) -> tuple[api.Prompt, str, str]:
-    """A column's workflow with these settings, and the ids of the nodes that show its decoded pictures and its report."""
-    workflow = json.loads((WORKFLOWS / f"{column.workflow}.json").read_text(encoding="utf-8"))
+def prompt_for(client: api.Client, settings: Settings, method: Method, text: str) -> tuple[api.Prompt, str, str]:
+    """A column's workflow with these settings, and the ids of the nodes that show its decoded pictures and report on its run."""
+    workflow = json.loads((WORKFLOWS / f"{method.workflow}.json").read_text(encoding="utf-8"))
     prompt = api.to_prompt(workflow, client.node_types)
     if settings.models:
         use_checkpoint(prompt, settings)
     (sampler,) = api.find(prompt, "KSampler")
     (decode,) = api.find(prompt, "VAEDecode")
     inputs = prompt[sampler]["inputs"]
-    inputs |= {"seed": settings.seed, "steps": settings.steps, "cfg": settings.cfg if column.with_cfg else 1.0}
+    inputs |= {"seed": settings.seed, "steps": settings.steps, "cfg": settings.cfg if method.with_cfg else 1.0}
     prompt[inputs["positive"][0]]["inputs"]["text"] = text
     prompt[inputs["latent_image"][0]]["inputs"]["batch_size"] = settings.batch
     if settings.models and inputs["model"][0] in api.find(prompt, "CheckpointLoaderSimple"):  # count plain CFG as well
@@ -198,8 +193,7 @@ def prompt_for(client: api.Client, settings: Settings, column: Column, text: str
     report = api.add(prompt, "LodestarReport", model=inputs["model"], latent=[sampler, 0])
     prompt[decode]["inputs"]["samples"] = [report, 0]
     shown = api.add(prompt, "PreviewImage", images=[decode, 0])
-    written = api.add(prompt, "PreviewAny", source=[report, 2])
-    return api.keep_only(prompt, [shown, written]), shown, written
+    return api.keep_only(prompt, [shown]), shown, report
 
 
 def use_checkpoint(prompt: api.Prompt, settings: Settings) -> None:
@@ -255,12 +249,12 @@ def as_table(results: Sequence[Result], settings: Settings) -> str:
     """The table in Markdown, aligned so that it can be read in a terminal as well."""
     rows = [("method", "cfg", "NFE", "rows", "seconds", "saturation")]
     for result in results:
-        cfg = f"{settings.cfg if result.column.with_cfg else 1:g}"
+        cfg = f"{settings.cfg if result.method.with_cfg else 1:g}"
         if result.problem:
-            rows.append((result.column.label, cfg, "", "", "", result.problem))
+            rows.append((result.method.label, cfg, "", "", "", result.problem))
             continue
-        nfe, fed, seconds = (result.number(name) for name in ("NFE", "rows", "seconds"))
-        rows.append((result.column.label, cfg, f"{nfe:.0f}", f"{fed:.0f}", f"{seconds:.2f}", f"{result.saturation:.3f}"))
+        nfe, fed, seconds = (result.number(name) for name in ("nfe", "rows", "seconds"))
+        rows.append((result.method.label, cfg, f"{nfe:.0f}", f"{fed:.0f}", f"{seconds:.2f}", f"{result.saturation:.3f}"))
     real = None if settings.models else real_saturation(settings.prompts)
     if real is not None:
         rows.append(("real pictures", "", "", "", "", f"{real:.3f}"))
@@ -288,8 +282,8 @@ def draw(results: Sequence[Result], settings: Settings) -> Image.Image:
     shown = [result for result in results if not result.problem]
     heads = []
     for result in shown:
-        cfg = f"cfg {settings.cfg if result.column.with_cfg else 1:g}"
-        heads.append((result.column.label, f"{cfg}, NFE {result.number('NFE'):.0f}", f"saturation {result.saturation:.2f}"))
+        cfg = f"cfg {settings.cfg if result.method.with_cfg else 1:g}"
+        heads.append((result.method.label, f"{cfg}, NFE {result.number('nfe'):.0f}", f"saturation {result.saturation:.2f}"))
     real = None if settings.models else real_saturation(settings.prompts)
     corner = "" if real is None else f"Real pictures:\nsaturation {real:.2f}"
     return sheets.comparison(heads, settings.prompts, [result.pictures for result in shown], corner)

@@ -29,8 +29,8 @@ def _node(schema: Any) -> dict[str, Any]:
         "description": schema.description,
         "inputs": {name: text for entry in schema.inputs for name, text in _inputs(entry)},
         "outputs": {
-            str(place): {"name": entry.display_name or entry.id or entry.io_type, "tooltip": entry.tooltip}
-            for place, entry in enumerate(schema.outputs)
+            str(index): {"name": entry.display_name or entry.id or entry.io_type, "tooltip": entry.tooltip}
+            for index, entry in enumerate(schema.outputs)
         },
     }
 
@@ -43,7 +43,7 @@ def _inputs(entry: Any) -> Iterator[tuple[str, dict[str, str]]]:
 
 
 def keys(texts: Mapping[str, Any], *above: str) -> Iterator[tuple[str, ...]]:
-    """The places of all texts in a translation."""
+    """The keys, from the outermost on, that lead to every text of a translation."""
     for key, value in texts.items():
         if isinstance(value, Mapping):
             yield from keys(value, *above, key)
@@ -57,9 +57,9 @@ def main() -> None:
     (FOLDER / "en" / FILE).write_text(json.dumps(texts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for file in sorted(FOLDER.glob(f"*/{FILE}")):
         there = set(keys(json.loads(file.read_text(encoding="utf-8"))))
-        for what, places in (("lacks", set(keys(texts)) - there), ("has, but no node needs", there - set(keys(texts)))):
-            for place in sorted(places):
-                print(f"{file.parent.name} {what} {' > '.join(place)}")
+        for what, paths in (("lacks", set(keys(texts)) - there), ("has, but no node needs", there - set(keys(texts)))):
+            for path in sorted(paths):
+                print(f"{file.parent.name} {what} {' > '.join(path)}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from lodestar.benchmarks.effects import pictures, report
 from lodestar.benchmarks.effects.cells import PACK, PER_CAPTION, Cache, Cell
 from lodestar.benchmarks.effects.claims import Results
-from lodestar.benchmarks.effects.methods import Method, methods
+from lodestar.benchmarks.effects.method import Method, methods
 from workshop.caching import cache_folder
 
 RESULTS = PACK / "benchmarks" / "results"
@@ -41,11 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="folder for effects.json and the pictures")
     parser.add_argument("--cache", type=Path, default=cache_folder("effects"), metavar="DIR", help="folder of finished cells")
-    parser.add_argument("--readme", action="store_true", help="only write the README's table from effects.json")
+    parser.add_argument("--readme", action="store_true", help="only write RESULTS.md and the README's sentence")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.readme:
-        report.write_readme(PACK / "README.md", args.out / "effects.json", {name: method.title for name, method in known.items()})
+        report.write(report.Report.load(args.out / "effects.json"), {name: method.title for name, method in known.items()})
         return 0
 
     chosen = {name: known[name] for name in args.method or known}

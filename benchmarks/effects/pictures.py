@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .cells import PER_CAPTION, Cell
 from .claims import Results
-from .methods import Curve, Method
+from .method import Curve, Method
 from .metrics import Metric
 
 ACROSS = 16  # samples in a strip, each of another caption

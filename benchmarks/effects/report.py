@@ -1,4 +1,4 @@
-"""The results as a terminal table, as effects.json, and as the README's table."""
+"""The results as a terminal table, as effects.json, as a part of RESULTS.md, and as the README's sentence."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 import comfy.model_management
 import torch
 
-from .claims import Claim, Results, verdict
+from .. import _results
+from .claims import VERDICTS, Claim, Results, verdict
 from .metrics import METRICS, RESAMPLES
 
-BEGIN, END = "<!-- effects: written by `python run.py bench effects --readme` -->", "<!-- end of effects -->"
 HEAD = ("claim", "here", "against", "measure", "effect [95 %]", "")
 
 
@@ -45,31 +45,41 @@ class Report:
         """For the terminal: cells, then claims, method by method."""
         return "\n".join(_text(method) for method in self.methods.values())
 
-    def markdown(self) -> str:
-        """For the README: one line per claim."""
-        lines = [f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
-        for method in self.methods.values():
-            lines.append(f"| **{method['title']}**, {method['samples']} pictures per setting |" + " |" * (len(HEAD) - 1))
-            lines += [f"| {' | '.join((*_row(claim), _mark(claim)))} |" for claim in method["claims"]]
-        notes = [
-            f"- {method['title']}: {claim['why']}"
-            for method in self.methods.values()
-            for claim in method["claims"]
-            if claim["verdict"] != "holds" and claim["why"]
-        ]
-        about = "A positive effect is an improvement. *Holds*, *fails*: the whole interval is on one side; *undecided*: it is on both."
-        return "\n".join(
-            [about, "", *lines, *(["", "Why some claims do not hold here, most likely:", "", *dict.fromkeys(notes)] if notes else [])]
+    def markdown(self, titles: Mapping[str, str]) -> str:
+        """For RESULTS.md: method by method its picture, its claims and the likely reasons; ``titles`` of all methods there are, by name."""
+        parts = [_section(name, method) for name, method in self.methods.items()]
+        missing = [title for name, title in titles.items() if name not in self.methods]
+        return "\n\n".join([*parts, *([f"Not measured yet: {', '.join(missing)}."] if missing else [])])
+
+    def counts(self) -> dict[str, int]:
+        """How many claims have each verdict."""
+        found = [claim["verdict"] for method in self.methods.values() for claim in method["claims"]]
+        return {verdict: found.count(verdict) for verdict in VERDICTS}
+
+    def sentence(self) -> str:
+        """For the README."""
+        counts = self.counts()
+        return (
+            f"Of {sum(counts.values())} claims of the papers, tried on the two demo models, {counts['holds']} hold, {counts['fails']} fail "
+            f"and {counts['undecided']} are undecided: [all of them](benchmarks/RESULTS.md#do-the-claims-hold)."
         )
 
 
-def write_readme(readme: Path, results: Path, titles: Mapping[str, str]) -> None:
-    """Put the table between its two marks, and below it the ``titles`` of methods that have not been measured."""
-    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
-    found = Report.load(results)
-    missing = [title for name, title in titles.items() if name not in found.methods]
-    table = found.markdown() + (f"\n\nNot measured yet: {', '.join(missing)}." if missing else "")
-    readme.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+def write(report: Report, titles: Mapping[str, str], results: Path = _results.RESULTS, readme: Path = _results.README) -> None:
+    """Bring the documents up to date."""
+    _results.write(results, "effects", report.markdown(titles))
+    _results.write(readme, "effects", report.sentence())
+
+
+def _section(name: str, method: Mapping[str, Any]) -> str:
+    lines = [f"### {method['title']}", "", f"{method['samples']} pictures for each setting.", ""]
+    lines += [f"![Curves over the scale, and first pictures of the settings](results/{name}.png)", ""]
+    lines += [f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
+    lines += [f"| {' | '.join((*_row(claim), _mark(claim)))} |" for claim in method["claims"]]
+    reasons = dict.fromkeys(claim["why"] for claim in method["claims"] if claim["verdict"] != "holds" and claim["why"])
+    if reasons:
+        lines += ["", "Why some do not hold here, most likely:", "", *(f"- {reason}" for reason in reasons)]
+    return "\n".join(lines)
 
 
 def _method(method: Any, results: Results) -> dict[str, Any]:

@@ -14,9 +14,9 @@ import comfy.utils
 import latent_preview
 import torch
 from comfy.utils import model_trange
-from comfy_extras.nodes_custom_sampler import Noise_EmptyNoise
 from torch import Tensor
 
+from ..engine.run import announcing_steps
 from ..spaces import Level, is_flow, levels_of
 from .sampler import INVERSION, Predictor, check_guider, check_lambda
 from .solvers import cfgpp_step
@@ -46,6 +46,8 @@ def invert(
     The mask of an inpainting latent is dropped: sampling would paste the noise, not the picture, into what it protects.
     Raises ValueError for a schedule that does not fall.
     """
+    from comfy_extras.nodes_custom_sampler import Noise_EmptyNoise  # here, so that a change of the host's nodes stops this one alone
+
     check_lambda(INVERSION, lambda_)
     if len(sigmas) < 2 or not bool((sigmas[1:] < sigmas[:-1]).all()):
         raise ValueError(f"{INVERSION} takes sigmas that fall from noise to picture, as a scheduler makes them, not {sigmas.tolist()}.")
@@ -75,7 +77,7 @@ def _input_scale(model_sampling: Any, sigma: Tensor) -> Tensor:
 class Inversion(comfy.samplers.Sampler):
     """The way from the last level of a schedule up to its first, as something that the host's guiders can run."""
 
-    reads_uncond = INVERSION  # see samplers.py
+    reads_uncond = INVERSION  # see engine/host.py
 
     def __init__(self, lambda_: float) -> None:
         self.lambda_ = lambda_
@@ -103,16 +105,18 @@ class Inversion(comfy.samplers.Sampler):
         both = self.predictor(guider, extra_args)
         x = model_sampling.noise_scaling(sigmas[-1], noise, latent_image)
         steps = len(sigmas) - 1
-        for done in model_trange(steps, disable=disable_pbar):
-            i = steps - 1 - done
-            now, then = levels[i + 1], levels[i]
-            if now.s > 0:
-                guided, uncond = both(x, sigmas[i + 1])
-                x = inversion_step(x, guided, uncond, now, then)
-            else:
-                scaled = x * _input_scale(model_sampling, sigmas[i + 1]) / _input_scale(model_sampling, sigmas[i])
-                guided, _ = both(scaled, sigmas[i])
-                x = first_step(x, scaled, guided)
-            if callback is not None:
-                callback(done, guided, x, steps)
+        with announcing_steps(guider.model_options, sigmas) as at_step:
+            for done in model_trange(steps, disable=disable_pbar):
+                i = steps - 1 - done  # the step of sampling that is undone
+                at_step(i)
+                now, then = levels[i + 1], levels[i]
+                if now.s > 0:
+                    guided, uncond = both(x, sigmas[i + 1])
+                    x = inversion_step(x, guided, uncond, now, then)
+                else:
+                    scaled = x * _input_scale(model_sampling, sigmas[i + 1]) / _input_scale(model_sampling, sigmas[i])
+                    guided, _ = both(scaled, sigmas[i])
+                    x = first_step(x, scaled, guided)
+                if callback is not None:
+                    callback(done, guided, x, steps)
         return model_sampling.inverse_noise_scaling(sigmas[0], x)

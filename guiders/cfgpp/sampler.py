@@ -1,4 +1,4 @@
-"""CFG++ in the host: takes both predictions out of a guider's evaluation and hands them to the solvers of cfgpp.py."""
+"""CFG++ in the host: takes both predictions out of a guider's evaluation and hands them to the solvers of solvers.py."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ import torch
 from comfy.utils import model_trange
 from torch import Tensor
 
+from ..engine.checks import refuse_own_combination
+from ..engine.curves import Quantity
+from ..engine.host import POST_CFG
 from ..engine.plan import Shaper, plan_of
-from ..engine.run import run_of
+from ..engine.run import announcing_steps, run_of
 from ..spaces import Level, is_flow, levels_of
 from .solvers import SOLVERS, Schedule, equivalent_cfg
 
 SAMPLER, INVERSION = "CFG++ Sampler", "CFG++ Inversion"
-CURVE = "equivalent cfg (CFG++)"
+CURVE = Quantity("equivalent cfg (CFG++)", "weight")
 LARGEST_LAMBDA = 2.0
-_POST = "sampler_post_cfg_function"
 
 
 def cfgpp_sampler(solver: str, lambda_: float, eta: float = 1.0, history: str = "unconditional") -> comfy.samplers.KSAMPLER:
@@ -59,6 +61,8 @@ def sample_cfgpp(
     both = Predictor(model, guider, extra_args, lambda_)
 
     def predict(x: Tensor, sigma: Tensor, i: int | None) -> tuple[Tensor, Tensor]:
+        if i is not None:
+            at_step(i)
         guided, uncond = both(x, sigma)
         if i is not None:
             _record(guider, weights[i] if both.guides else 1.0)
@@ -68,10 +72,11 @@ def sample_cfgpp(
 
     steps = model_trange(len(levels) - 1, disable=disable)
     noise = _noise(x, sigmas, extra_args.get("seed"), solver, getattr(model_sampling, "noise_scale", 1.0))
-    return solve(predict, x, Schedule(sigmas, levels, steps, split, noise, history))
+    with announcing_steps(guider.model_options, sigmas) as at_step:
+        return solve(predict, x, Schedule(sigmas, levels, steps, split, noise, history))
 
 
-sample_cfgpp.reads_uncond = SAMPLER  # see samplers.py
+sample_cfgpp.reads_uncond = SAMPLER  # see engine/host.py
 
 
 class Predictor:
@@ -84,7 +89,7 @@ class Predictor:
     def __init__(self, model: Callable[..., Tensor], guider: Any, extra_args: dict[str, Any], lambda_: float) -> None:
         options = extra_args["model_options"]
         self.model, self.guider = model, guider
-        self.arguments = extra_args | {"model_options": options | {_POST: [self._capture, *options.get(_POST, [])]}}
+        self.arguments = extra_args | {"model_options": options | {POST_CFG: [self._capture, *options.get(POST_CFG, [])]}}
         self.cfg = 1 + 1e-8 if lambda_ == 1 else lambda_
         self.guides = True
         self.uncond: Tensor | None = None
@@ -161,13 +166,11 @@ def check_lambda(node: str, lambda_: float) -> None:
 
 def check_guider(node: str, guider: Any) -> None:
     """Raise ValueError if the guider or a rule on its model does not leave both predictions to CFG++."""
-    kind = type(guider).__name__
-    if type(guider).predict_noise is not comfy.samplers.CFGGuider.predict_noise:
-        raise ValueError(f"{node} cannot work with {kind}: that guider combines the predictions itself. Use SamplerCustom or CFGGuider.")
+    refuse_own_combination(node, guider)
     if not guider.conds.get("negative"):
         raise ValueError(
-            f"{node} needs a negative prompt (it may be empty), and this {kind} has none: CFG++ carries the unconditional noise "
-            "from step to step. Use SamplerCustom or CFGGuider."
+            f"{node} needs a negative prompt (it may be empty), and this {type(guider).__name__} has none: CFG++ carries the unconditional "
+            "noise from step to step. Use SamplerCustom or CFGGuider."
         )
     plan = plan_of(guider.model_options)
     for _, rule in plan.active(Shaper) if plan is not None else ():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from .host import refuse_foreign_cfg
+from .checks import check_attached
+from .combination import post_cfg_term
+from .host import POST_CFG
 from .keys import LODESTAR, PLAN
-from .plan import GuidancePlan, Policy, Rule, Shaper, Term, plan_of
-from .wrappers import WRAPPERS, post_cfg_term
+from .plan import GuidancePlan, Rule, Term, plan_of
+from .wrappers import WRAPPERS
 
 
 def attach(model: Any, rule: Rule | None = None, node: str | None = None) -> Any:
@@ -17,18 +20,16 @@ def attach(model: Any, rule: Rule | None = None, node: str | None = None) -> Any
     Raises ValueError when the rule shapes the CFG update and another pack has already claimed that, or when it decides what another
     rule of the plan decides.
     """
-    if rule is not None and isinstance(rule, Shaper) and not rule.neutral:
-        refuse_foreign_cfg(rule.name, model.model_options)
+    plan = plan_of(model.model_options) or GuidancePlan()
+    if rule is not None:
+        check_attached(plan, rule, model.model_options)
     clone = model.clone()
-    plan = plan_of(clone.model_options)
-    if plan is None:
-        plan = GuidancePlan()
+    if plan_of(model.model_options) is None:
         for kind, wrapper in WRAPPERS.items():
             clone.add_wrapper_with_key(kind, LODESTAR, wrapper)
+    if isinstance(rule, Term):  # our place among other packs' post-CFG functions is the place of the node in the graph
+        clone.set_model_sampler_post_cfg_function(partial(post_cfg_term, len(plan.rules)))
     if rule is not None:
-        _refuse_second(rule, plan)
-        if isinstance(rule, Term):  # our place among other packs' post-CFG functions is the place of the node in the graph
-            clone.set_model_sampler_post_cfg_function(partial(post_cfg_term, len(plan.rules)))
         plan = plan.plus(rule, node)
         weak = [branch.model for branch in rule.branches if branch.model is not None]
         if weak and not rule.neutral:
@@ -38,17 +39,22 @@ def attach(model: Any, rule: Rule | None = None, node: str | None = None) -> Any
 
 
 def detach(model: Any) -> Any:
-    """Clone a MODEL without its plan."""
+    """Clone a MODEL without its plan, and without all that ``attach`` has added for it."""
     clone = model.clone()
     for kind in WRAPPERS:
         clone.remove_wrappers_with_key(kind, LODESTAR)
-    clone.model_options["transformer_options"].pop(PLAN, None)
+        if not clone.wrappers.get(kind, True):  # the host compares the kinds of wrappers that two clones have
+            del clone.wrappers[kind]
+    clone.remove_additional_models(LODESTAR)
+    options = clone.model_options
+    options["transformer_options"].pop(PLAN, None)
+    others = [function for function in options.get(POST_CFG, []) if not _is_ours(function)]
+    if others:
+        options[POST_CFG] = others
+    else:
+        options.pop(POST_CFG, None)
     return clone
 
 
-def _refuse_second(rule: Rule, plan: GuidancePlan) -> None:
-    if not isinstance(rule, Policy) or not rule.claims or rule.neutral:
-        return
-    for _, other in plan.active(Policy):
-        if other.claims == rule.claims:
-            raise ValueError(f"{other.name} and {rule.name} both decide {rule.claims}; bypass one of the two nodes.")
+def _is_ours(function: Callable) -> bool:
+    return isinstance(function, partial) and function.func is post_cfg_term

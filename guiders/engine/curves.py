@@ -1,17 +1,33 @@
-"""Curves of a run: one number per step and label, on the device until they are read."""
+"""Curves of a run: one number per step and quantity, on the device until they are read."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-CFG_UPDATE = "CFG update"  # labels
-COSINE = "cosine of cond and uncond"
+Kind = Literal["update", "weight", "cosine"]
 
-Point = tuple[str, int]  # label and step
+
+@dataclass(frozen=True)
+class Quantity:
+    """What a curve shows: its name in reports, and the kind of its values.
+
+    update: size of an update, relative to the denoised image. weight: the weight of plain CFG that does the same in the step.
+    cosine: of the conditional and the unconditional prediction.
+    """
+
+    name: str
+    kind: Kind
+
+
+CFG_UPDATE = Quantity("CFG update", "update")
+COSINE = Quantity("cosine of cond and uncond", "cosine")
+
+Point = tuple[Quantity, int]  # and the step
 
 
 @dataclass(frozen=True)
@@ -34,16 +50,16 @@ class PendingCopy:
 
 @dataclass
 class Curves:
-    """values: what has been read. A label is there as soon as its first value is recorded."""
+    """values: what has been read. A quantity is there as soon as its first value is recorded."""
 
-    values: dict[str, dict[int, float]] = field(default_factory=dict)
+    values: dict[Quantity, dict[int, float]] = field(default_factory=dict)
     _waiting: dict[Point, Tensor] = field(default_factory=dict)
     _pending: list[PendingCopy] = field(default_factory=list)
 
-    def record(self, label: str, step: int, value: Tensor) -> None:
+    def record(self, quantity: Quantity, step: int, value: Tensor) -> None:
         """Keep a number []; it stays on its device."""
-        self.values.setdefault(label, {})
-        self._waiting[label, step] = value
+        self.values.setdefault(quantity, {})
+        self._waiting[quantity, step] = value
 
     def collect_ready(self) -> None:
         """Read what a device has handed over, and ask it for the rest, without waiting for it."""
@@ -72,5 +88,5 @@ class Curves:
                     self._pending.append(copy)
                     continue
                 copy.done.synchronize()
-            for (label, step), value in zip(copy.points, copy.values.tolist(), strict=True):
-                self.values[label][step] = value
+            for (quantity, step), value in zip(copy.points, copy.values.tolist(), strict=True):
+                self.values[quantity][step] = value

@@ -1,12 +1,14 @@
-"""Facts about the host: its samplers, guiders and slots, in one spelling."""
+"""Facts about the host: its samplers, guiders, slots and latents, each asked in one way."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 CFG_SLOT = "sampler_cfg_function"  # in model_options: the one function that replaces the host's combination
-POST_CFG = "sampler_post_cfg_function"
+POST_CFG = "sampler_post_cfg_function"  # in model_options: the list of functions after it
+CFG_WEIGHTS = ("cfg", "cfg1", "cfg2")  # attributes of the host's guiders
 
 
 def reads_uncond(sampler: Any) -> str | None:
@@ -22,9 +24,31 @@ def reads_uncond(sampler: Any) -> str | None:
     return getattr(function, "reads_uncond", known)
 
 
-def refuse_foreign_cfg(name: str, options: dict[str, Any]) -> None:
-    """Raise ValueError where another pack has claimed the CFG slot of these model options, which rule ``name`` needs."""
-    function = options.get(CFG_SLOT)
-    if function is not None:
-        owner = getattr(function, "__qualname__", type(function).__name__).split(".")[0]
-        raise ValueError(f"{name} and {owner} both replace the CFG combination; bypass one of the two nodes.")
+def combines_itself(guider: Any) -> bool:
+    """Whether a guider combines the predictions itself, and not with the host's own sampling function."""
+    import comfy.samplers  # here, because maths that needs no host asks other things of this module
+
+    return type(guider).predict_noise is not comfy.samplers.CFGGuider.predict_noise
+
+
+def is_dual_cfg(guider: Any) -> bool:
+    """Whether a guider has two weights and two negative prompts, combined by the host's CFG function."""
+    return any(cls.__name__ == "Guider_DualCFG" for cls in type(guider).__mro__)
+
+
+def cfg_slot_owner(model_options: Mapping[str, Any]) -> str | None:
+    """What has claimed the CFG slot of a model, by the name of its class or function; None if it is free."""
+    function = model_options.get(CFG_SLOT)
+    return None if function is None else getattr(function, "__qualname__", type(function).__name__).split(".")[0]
+
+
+def same_latent(a: Any, b: Any) -> bool:
+    """Whether two MODELs work on one kind of latent."""
+    first, second = a.model.latent_format, b.model.latent_format
+    return type(first).__name__ == type(second).__name__ and first.latent_channels == second.latent_channels
+
+
+def describe_latent(model: Any) -> str:
+    """The kind of latent a MODEL works on, for messages."""
+    latent_format = model.model.latent_format
+    return f"{type(latent_format).__name__} ({latent_format.latent_channels} channels)"

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from .choice import Choice
-
-if TYPE_CHECKING:
-    from .plan import GuidancePlan
+from .curves import Quantity
 
 
 @dataclass(frozen=True)
 class Switch:
-    """A policy's criterion: its curve's label, the threshold, and for each image the first step without guidance (None: there is none)."""
+    """A policy's criterion: what it measures, the threshold, and for each image the first step without guidance (None: there is none)."""
 
-    curve: str
+    curve: Quantity
     threshold: float
     steps: tuple[int | None, ...]
 
@@ -28,7 +27,7 @@ class RunLog:
 
     nfe: evaluations of the whole batch. A call with some rows only counts in proportion, so that nfe times batch is the number of rows.
     evaluations: the same for each step. saved: what policies left out of it. choices: what each step's first evaluation was to compute.
-    curves: one number per recorded step (mean over the rows) by label. switches: by the name of the policy.
+    curves: one number per recorded step (mean over the rows) of every quantity. switches: by the name of the policy.
     """
 
     steps: int = 0
@@ -39,21 +38,38 @@ class RunLog:
     saved: float = 0
     seconds: float = 0.0
     sigmas: list[float] = field(default_factory=list)
-    curves: dict[str, dict[int, float]] = field(default_factory=dict)
+    curves: dict[Quantity, dict[int, float]] = field(default_factory=dict)
     evaluations: dict[int, float] = field(default_factory=dict)
     choices: dict[int, Choice] = field(default_factory=dict)
     switches: dict[str, Switch] = field(default_factory=dict)
 
+    def to_json(self) -> dict[str, Any]:
+        """All but the choices as plain values, for programs. Points are [step, value], where null is a value that is not finite."""
+        curves = [{"name": of.name, "kind": of.kind, "points": _points(curve)} for of, curve in self.curves.items()]
+        switches = [
+            {"rule": rule, "curve": switch.curve.name, "threshold": switch.threshold, "steps": list(switch.steps)}
+            for rule, switch in self.switches.items()
+        ]
+        return {
+            "steps": self.steps, "batch": self.batch, "nfe": self.nfe, "rows": self.rows, "calls": self.calls, "saved": self.saved,
+            "seconds": self.seconds, "sigmas": self.sigmas, "evaluations": _points(self.evaluations), "curves": curves,
+            "switches": switches,
+        }  # fmt: skip
 
-_LOGS: WeakKeyDictionary[GuidancePlan, RunLog] = WeakKeyDictionary()
+
+def _points(curve: Mapping[int, float]) -> list[list[float | None]]:
+    return [[step, value if math.isfinite(value) else None] for step, value in curve.items()]
 
 
-def last_log(plan: GuidancePlan) -> RunLog | None:
+_LOGS: WeakKeyDictionary[object, RunLog] = WeakKeyDictionary()  # by GuidancePlan, which is made of more than this file knows
+
+
+def last_log(plan: object) -> RunLog | None:
     """The log of the last run that used this plan."""
     return _LOGS.get(plan)
 
 
-def publish(plan: GuidancePlan, log: RunLog) -> None:
+def publish(plan: object, log: RunLog) -> None:
     """From now on this is the last log of the plan."""
     _LOGS[plan] = log
 
@@ -62,7 +78,7 @@ def joined(logs: Sequence[RunLog]) -> RunLog:
     """Several runs in a row as one log. When policies switched is left out: they did so in every run."""
     whole = RunLog(batch=logs[0].batch)
     for log in logs:
-        by_step = [(whole.curves.setdefault(label, {}), points) for label, points in log.curves.items()]
+        by_step = [(whole.curves.setdefault(quantity, {}), points) for quantity, points in log.curves.items()]
         for target, points in (*by_step, (whole.evaluations, log.evaluations), (whole.choices, log.choices)):
             target.update({whole.steps + step: value for step, value in points.items()})
         whole.sigmas = [*whole.sigmas[: whole.steps], *log.sigmas]

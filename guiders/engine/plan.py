@@ -10,7 +10,7 @@ where *shapers* make up ``shape``, *terms* the sum, and *policies* decide at eac
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -18,9 +18,10 @@ from torch import Tensor
 
 from .branches import Branch
 from .choice import Choice
-from .curves import CFG_UPDATE
+from .curves import CFG_UPDATE, Quantity
 from .keys import PLAN
 from .log import RunLog
+from .start import Start
 from .step import Step
 
 
@@ -29,6 +30,7 @@ class Rule(ABC):
     """Parameters of one method. Never holds anything that changes while sampling: that lives in a Run."""
 
     name: ClassVar[str]  # as the user reads it on the node
+    short: ClassVar[str]  # as tables and pictures have it
     start_percent: float = 0.0
     end_percent: float = 1.0
 
@@ -37,9 +39,12 @@ class Rule(ABC):
     def neutral(self) -> bool:
         """Whether these settings change nothing, so that the engine leaves the rule out."""
 
+    def check(self, start: Start) -> None:  # noqa: B027, most rules work everywhere
+        """Raise ValueError, before sampling starts, where the rule cannot work in this sampling call. See checks.py."""
+
     @property
-    def curve(self) -> str | None:
-        """Label of the curve that shows what the rule does; None: that of its own update, which bears its name."""
+    def curve(self) -> Quantity | None:
+        """The curve that shows what the rule does; None: that of its own update, which bears its name."""
         return None
 
     @property
@@ -50,9 +55,6 @@ class Rule(ABC):
 
 class Shaper(Rule):
     """Reshapes the CFG update."""
-
-    def check(self, shape: Sequence[int]) -> None:
-        """Raise ValueError before sampling starts if the rule cannot work on latents of this shape."""
 
     @abstractmethod
     def shape(self, update: Tensor, cond: Tensor, w: float, step: Step) -> Tensor:
@@ -76,12 +78,9 @@ class Policy(Rule):
     claims: ClassVar[str] = ""  # what no second policy may decide, as it reads after "both decide"
 
     @property
-    def curve(self) -> str | None:
+    def curve(self) -> Quantity | None:
         """A policy has no update of its own: that of CFG, with gaps where there is none."""
         return CFG_UPDATE
-
-    def check(self, guider: Any, sampler: Any, sigmas: Tensor) -> None:
-        """Raise ValueError, before sampling starts, where the policy cannot work with this guider, sampler or schedule [T + 1]."""
 
     @abstractmethod
     def choose(self, step: Step) -> Choice:

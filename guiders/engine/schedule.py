@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -34,6 +36,51 @@ def solver_step(levels: int) -> int | None:
     return None
 
 
-def nearest_step(sigmas: list[float], sigma: float) -> int:
+def nearest_step(sigmas: Sequence[float], sigma: float) -> int:
     """The last step of the schedule that starts at or above ``sigma``."""
     return max((i for i, level in enumerate(sigmas[:-1]) if level >= sigma * (1 - 1e-4)), default=0)
+
+
+class Position:
+    """Which solver step of a sampling call asks for the next evaluation, and whether that is the first one of its step.
+
+    The pack's own samplers say which step they begin. For others it is read off their loop, and where they have none that can be read,
+    off the noise level.
+    """
+
+    def __init__(self, sigmas: Sequence[float]) -> None:
+        self.sigmas = sigmas
+        self.last_index = -1  # the highest so far
+        self._index = -1
+        self._begun: int | None = None  # the step that a sampler of ours is in
+        self._fresh = False  # whether it has just begun that step
+
+    @contextmanager
+    def announced(self) -> Iterator[Callable[[int], None]]:
+        """Around the loop of a sampler of ours: what it calls with the index of each step that it begins, in any order."""
+        try:
+            yield self._begin
+        finally:
+            self._begun = None
+
+    def _begin(self, index: int) -> None:
+        self._begun, self._fresh = index, True
+
+    def advance(self, sigma: Tensor, restart: Callable[[], None]) -> tuple[int, bool]:
+        """The index of the step that asks for an evaluation at sigma [B], and whether this is its first one.
+
+        restart: called where a sampler's loop starts again, on the next part of a video.
+        """
+        if self._begun is not None:
+            self._index, first, self._fresh = self._begun, self._fresh, False
+            self.last_index = max(self._index, self.last_index)
+            return self._index, first
+        index = solver_step(len(self.sigmas))
+        if index is None:
+            index = nearest_step(self.sigmas, float(sigma.max()))
+        elif index < self._index:
+            self.last_index = -1
+            restart()
+        first = index > self.last_index
+        self._index, self.last_index = index, max(index, self.last_index)
+        return index, first

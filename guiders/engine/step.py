@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..spaces import Layout
+from .curves import Quantity
 
 
 @dataclass(frozen=True)
@@ -30,4 +31,4 @@ class Step:
     memory: dict[str, Any] = field(default_factory=dict)
     covered: bool = True
     flow: bool = False
-    record: Callable[[str, Tensor], None] = lambda label, values: None
+    record: Callable[[Quantity, Tensor], None] = lambda quantity, values: None

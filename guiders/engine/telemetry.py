@@ -1,4 +1,4 @@
-"""What runs tell while they go on, for the charts in the nodes of a graph.
+"""Messages about runs that go on, for the charts in the nodes of a graph.
 
 Nobody listens unless the part of the pack that knows the web server says so by ``connect``. Without a listener a run makes no Telemetry,
 and nothing here is called while it samples.
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from .curves import CFG_UPDATE
+from .curves import CFG_UPDATE, Quantity
 from .keys import NODE, TELEMETRY
 from .log import RunLog, joined
 from .plan import GuidancePlan, Rule
@@ -22,12 +22,12 @@ PERIOD = 0.25  # seconds between two messages
 
 
 class Listener(Protocol):
-    """Who is told about the sampling calls of one prompt."""
+    """Who gets messages about the sampling calls of one prompt."""
 
     def present(self) -> bool:
         """Whether anybody would see a message now."""
 
-    def tell(self, message: Message) -> None:
+    def send(self, message: Message) -> None:
         """Pass a message on; each one replaces all earlier ones of its sampler."""
 
 
@@ -84,14 +84,14 @@ class Telemetry:
         self.due = 0.0
         self.sent = False
 
-    def step(self, run: Run) -> None:
+    def evaluated(self, run: Run) -> None:
         """After an evaluation: a message, unless the last one is too young or nobody is there."""
         now = time.monotonic()
         if now >= self.due and self.listener.present():
             self.due = now + PERIOD
             self._send(run, run.log_so_far())
 
-    def finish(self, run: Run) -> None:
+    def finished(self, run: Run) -> None:
         """The last message of a run, also to somebody who has left since the one before: a page that is loaded again."""
         if self.sent or self.listener.present():
             self._send(run, run.log, over=True)
@@ -102,7 +102,7 @@ class Telemetry:
         before = sum(past.steps for past in self.past)
         whole = joined([*self.past, log])
         message = {
-            "step": before + run.index + 1,
+            "step": before + run.evaluation.index + 1,
             "steps": sum(stage.steps for stage in self.stages) or log.steps,
             "nfe": round(whole.nfe, 2),
             "saved": round(whole.saved, 2),
@@ -113,20 +113,19 @@ class Telemetry:
         if self.stages:
             message["stage"] = len(self.past)
             message["stages"] = [{"width": stage.width, "height": stage.height, "steps": stage.steps} for stage in self.stages]
-        self.listener.tell(message)
+        self.listener.send(message)
 
     def _nodes(self, run: Run, log: RunLog, whole: RunLog, before: int) -> dict[str, Message]:
-        """By node: the name and the points of its curve, and for a policy that switches, where it does."""
+        """By node: its curve, and for a policy that switches, where it does."""
         nodes = {}
         for index, rule, node in _shown(run.plan):
-            label = rule.curve or run.names[index]
-            nodes[node] = {"curve": label, "points": _points(whole.curves.get(label, {})), "policy": rule.curve is not None}
+            nodes[node] = _curve(whole, rule.curve or run.updates[index]) | {"policy": rule.curve is not None}
             if rule.name in log.switches:
                 switch = log.switches[rule.name]
                 steps = [None if step is None else before + step for step in switch.steps]
                 nodes[node]["switch"] = {"threshold": switch.threshold, "steps": steps}
         if self.node is not None:
-            nodes[self.node] = {"curve": CFG_UPDATE, "points": _points(whole.curves.get(CFG_UPDATE, {})), "policy": False}
+            nodes[self.node] = _curve(whole, CFG_UPDATE) | {"policy": False}
         return nodes
 
 
@@ -134,6 +133,10 @@ def _shown(plan: GuidancePlan) -> list[tuple[int, Rule, str]]:
     """The rules that do something and come from a node, with their index in the plan."""
     shown = [(index, entry) for index, entry in enumerate(plan.entries) if entry.node is not None and not entry.rule.neutral]
     return [(index, entry.rule, entry.node) for index, entry in shown]
+
+
+def _curve(log: RunLog, quantity: Quantity) -> Message:
+    return {"curve": quantity.name, "kind": quantity.kind, "points": _points(log.curves.get(quantity, {}))}
 
 
 def _points(curve: Mapping[int, float]) -> list[tuple[int, float | None]]:

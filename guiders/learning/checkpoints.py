@@ -1,4 +1,4 @@
-"""Checkpoints: what is kept for the backward pass are inputs alone, and all else is computed again. Chen et al. 2016, arXiv 1604.06174."""
+"""Checkpoints: only inputs are kept for the backward pass, and all else is computed again. Chen et al. 2016, arXiv 1604.06174."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def blocks(network: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def checkpointed(network: nn.Module) -> Iterator[None]:
-    """Meanwhile, the network's blocks keep their inputs alone and run again in the backward pass."""
+    """Inside, the network's blocks keep only their inputs and run again in the backward pass."""
     with ExitStack() as stack:
         for block in list(blocks(network)):
             own = block.__dict__.get("forward")  # a pack's replacement
@@ -39,7 +39,7 @@ def _restore(block: nn.Module, own: Callable | None) -> None:
 
 
 def _again(forward: Callable, *args: Any, **kwargs: Any) -> Any:
-    """A checkpoint of one block. The host goes on writing into its options, so that the second run needs those of the first."""
+    """A checkpoint of one block. The host goes on writing into its options, so the second run gets a copy of those of the first."""
 
     def run(*inputs: Any) -> Any:
         return forward(*map(_copied, inputs), **{key: _copied(value) for key, value in kwargs.items()})
@@ -53,6 +53,6 @@ def _copied(value: Any) -> Any:
 
 
 def checkpointed_call(function: Callable[..., Any], *args: Any) -> Any:
-    """A checkpoint of a whole evaluation by the host. It runs to its end again: the host must not be left in the middle of one."""
+    """A checkpoint of one evaluation by the host. The second run goes to its end too: the host must not be left in the middle."""
     with set_checkpoint_early_stop(False):
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)

@@ -33,7 +33,7 @@ def cloned(value: Any) -> Any:
 
 @contextmanager
 def ordinary_weights(network: nn.Module) -> Iterator[None]:
-    """Meanwhile, inference tensors among the parameters and buffers are ordinary tensors on the same memory, without gradients."""
+    """Inside, inference tensors among the parameters and buffers are ordinary tensors on the same memory, without gradients."""
     saved: list[tuple[dict, str, Tensor]] = []
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad and not parameter.is_inference()]
     try:

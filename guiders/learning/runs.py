@@ -10,7 +10,7 @@ import comfy.sample
 import comfy.samplers
 from torch import Tensor
 
-from ..engine.host import reads_uncond
+from ..engine.checks import refuse_uncond_readers
 from ..engine.plan import Policy, Rule, plan_of
 
 
@@ -28,18 +28,17 @@ class Runs:
     cfg: float
     seed: int
 
-    def check(self, least_steps: int, alone: type[Rule] = Policy) -> None:
-        """Raise ValueError for what no run can be learnt from; ``alone``: the kind of rule that may not be on the model."""
+    def check(self, least_steps: int, excluded: type[Rule] = Policy) -> None:
+        """Raise ValueError for runs that nothing can be learnt from. ``excluded``: the kind of rule that may not be on the model."""
         if len(self.sigmas) - 1 < least_steps:
             raise ValueError(f"{self.name} needs a schedule of at least {least_steps} steps; these sigmas have {len(self.sigmas) - 1}.")
         if self.cfg == 1:
             raise ValueError(f"{self.name} imitates CFG, and cfg 1 is none; use the cfg that you sample with.")
         if self.latent["samples"].is_nested:
             raise ValueError(f"{self.name} takes a latent of one part, not one of picture and sound.")
-        if reads_uncond(self.sampler):
-            raise ValueError(f"{self.name} cannot use the sampler {reads_uncond(self.sampler)}, which needs uncond at every step.")
+        refuse_uncond_readers(self.name, self.sampler)
         plan = plan_of(self.model.model_options)
-        for _, rule in plan.active(alone) if plan else ():
+        for _, rule in plan.active(excluded) if plan else ():
             raise ValueError(f"{self.name} needs plain CFG at every step; bypass {rule.name} on its model.")
 
     def guider(self, number: int, model: Any) -> Any:

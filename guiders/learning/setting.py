@@ -52,7 +52,7 @@ class Setting:
             yield "another negative prompt"
 
     def refuse_other(self, name: str, what: str, other: Setting) -> None:
-        """Raise ValueError naming everything in which ``other``, the setting of the run that begins, differs."""
+        """Raise ValueError naming everything in which ``other``, the setting of the run that starts, differs."""
         differences = list(self.differences(other))
         if differences:
             raise ValueError(f"{name}: {what} made for {'; for '.join(differences)}.")

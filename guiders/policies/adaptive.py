@@ -7,11 +7,12 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from ..engine.checks import refuse_uncond_readers
 from ..engine.choice import Choice, Rows
-from ..engine.curves import COSINE
-from ..engine.host import reads_uncond
+from ..engine.curves import COSINE, Quantity
 from ..engine.log import RunLog, Switch
 from ..engine.plan import Policy
+from ..engine.start import Start
 from ..engine.step import Step
 from ..spaces import Layout, cosine_per_sample, on_device_of, to_noise, to_velocity
 
@@ -37,6 +38,7 @@ class AdaptiveGuidance(Policy):
     """CFG until gamma >= threshold, D_c from the next step on (or in the same one); per sample, and for the rest of the run."""
 
     name: ClassVar[str] = "Adaptive Guidance (AG)"
+    short: ClassVar[str] = "AG"
     claims: ClassVar[str] = "when CFG ends"
     threshold: float = 0.991
     space: Space = "denoised"
@@ -49,21 +51,16 @@ class AdaptiveGuidance(Policy):
         return self.threshold > 1
 
     @property
-    def curve(self) -> str:
+    def curve(self) -> Quantity:
         """That of gamma."""
-        return COSINE if self.space == "denoised" else f"{COSINE} ({self.space})"
+        return COSINE if self.space == "denoised" else Quantity(f"{COSINE.name} ({self.space})", "cosine")
 
-    def check(self, guider: Any, sampler: Any, sigmas: Tensor) -> None:
+    def check(self, start: Start) -> None:
         """Refuse samplers that go on to use D_u when it is no longer evaluated."""
-        reader = reads_uncond(sampler)
-        if reader is not None:
-            raise ValueError(
-                f"{self.name} cannot work with the sampler {reader}: its steps use the unconditional prediction, which is no longer "
-                f"evaluated after the switch. Choose a sampler that is not CFG++, or bypass {self.name}."
-            )
+        refuse_uncond_readers(self.name, start.sampler)
 
     def choose(self, step: Step) -> Choice:
-        """D_u for the samples that have not switched. All stages of a step are alike. The one wait for the GPU in a step is here."""
+        """D_u for the samples that have not switched, the same in all stages of a step. Here is the step's one wait for the GPU."""
         memory = step.memory
         if step.first and "met" in memory:
             _latch(memory, step.index)

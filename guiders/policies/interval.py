@@ -15,6 +15,7 @@ class GuidanceInterval(Policy):
     """CFG inside a share of the schedule; outside it the conditional prediction alone, which costs no unconditional evaluation."""
 
     name: ClassVar[str] = "Guidance Interval"
+    short: ClassVar[str] = "Guidance Interval"
 
     @property
     def neutral(self) -> bool:

@@ -27,7 +27,7 @@ NAME = "Guidance policy search"
 LEARNING_RATE = 0.2
 
 
-class GuidedBy:
+class GuidedModel:
     """The host's model as its samplers call it, guided with a weight of its own at every step."""
 
     def __init__(self, guider: Any, options: dict[str, Any], weights: Tensor, levels: int) -> None:
@@ -71,7 +71,7 @@ class SearchSampler(comfy.samplers.Sampler):
         x = sampling.noise_scaling(sigmas[0], noise, latent, self.max_denoise(model_wrap, sigmas))
 
         def run(weights: Tensor) -> Tensor:
-            guided = GuidedBy(model_wrap, extra_args["model_options"], weights, len(sigmas))
+            guided = GuidedModel(model_wrap, extra_args["model_options"], weights, len(sigmas))
             extra = {"model_options": extra_args["model_options"], "seed": extra_args["seed"]}
             return self.function(guided, x, sigmas, extra_args=extra, callback=None, disable=True)
 
@@ -92,7 +92,7 @@ def search(runs: Runs, iterations: int, cost_weight: float) -> tuple[StepWeights
 
     Raises ValueError as Runs.check and ``differentiable`` do.
     """
-    runs.check(1, alone=Rule)
+    runs.check(1, excluded=Rule)
     differentiable(runs.sampler, NAME)
     runs = replace(runs, model=detach(runs.model))
     steps, weights = len(runs.sigmas) - 1, options(runs.cfg)

@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import Tensor
-
+from ..engine.checks import refuse_dual_cfg, refuse_uncond_readers
 from ..engine.choice import Choice
-from ..engine.host import reads_uncond
 from ..engine.plan import Policy
+from ..engine.start import Start
 from ..engine.step import Step
 from ..learning.recognition import setting_of
 from ..learning.setting import Setting
@@ -96,6 +95,7 @@ class StepwiseCFG(Policy):
     """Every step uses the weight that the policy has for it, whatever the sampler's cfg says, and pays for what that weight needs."""
 
     name: ClassVar[str] = "Guidance policy: apply"
+    short: ClassVar[str] = "Guidance policy"
     claims: ClassVar[str] = "what every step evaluates"
     policy: StepWeights
 
@@ -104,13 +104,11 @@ class StepwiseCFG(Policy):
         """The sampler's own cfg at every step."""
         return all(weight == self.policy.setting.cfg for weight in self.policy.weights)
 
-    def check(self, guider: Any, sampler: Any, sigmas: Tensor) -> None:
+    def check(self, start: Start) -> None:
         """Sampler, schedule and cfg must be those of the search; model and prompt are the user's to choose."""
-        if hasattr(guider, "cfg1"):
-            raise ValueError(f"{self.name} sets one cfg; use KSampler or CFGGuider instead of DualCFGGuider.")
-        if reads_uncond(sampler):
-            raise ValueError(f"{self.name} and the sampler {reads_uncond(sampler)} exclude each other: CFG++ needs uncond at every step.")
-        found, run = self.policy.setting, setting_of(guider, sampler, sigmas)
+        refuse_dual_cfg(self.name, start.guider)
+        refuse_uncond_readers(self.name, start.sampler)
+        found, run = self.policy.setting, setting_of(start.guider, start.sampler, start.sigmas)
         replace(found, model=run.model, space=run.space, negative=run.negative).refuse_other(self.name, "this policy was", run)
 
     def choose(self, step: Step) -> Choice:

@@ -41,6 +41,7 @@ class APG(Shaper):
     """Momentum, then rescale, then project; D = D_c + (w - 1) g'."""
 
     name: ClassVar[str] = "Adaptive Projected Guidance (APG)"
+    short: ClassVar[str] = "APG"
     eta: float = 0.0
     norm_threshold: float = 15.0
     momentum: float = -0.5

@@ -5,7 +5,6 @@ D = D_u + w_l Lp(D_c - D_u) + w_h Hp(D_c - D_u)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..engine.plan import Shaper
+from ..engine.start import Start
 from ..engine.step import Step
 
 
@@ -44,6 +44,7 @@ class FrequencyGuidance(Shaper):
     """
 
     name: ClassVar[str] = "Frequency-aware CFG (FA-CFG)"
+    short: ClassVar[str] = "FA-CFG"
     low_scale: float = 7.5
     high_scale: float = 35.0
     low_height: int
@@ -54,8 +55,11 @@ class FrequencyGuidance(Shaper):
         """Never: whether the scales are the sampler's cfg is known in the run only."""
         return False
 
-    def check(self, shape: Sequence[int]) -> None:
+    def check(self, start: Start) -> None:
         """Refuse latents [B, C, ..., H, W] that are smaller than the low band, and those that are no pictures."""
+        shape = start.shape
+        if shape is None:
+            return
         if len(shape) < 4:
             raise ValueError(f"{self.name} needs a latent with height and width; this one has the shape {tuple(shape)}.")
         if self.low_height > shape[-2] or self.low_width > shape[-1]:

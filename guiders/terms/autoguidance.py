@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..engine.branches import Branch
+from ..engine.host import describe_latent, same_latent
 from ..engine.plan import Term
 from ..engine.step import Step
 
@@ -24,6 +25,7 @@ class Autoguidance(Term):
     """D + (w - 1)(D_c - D_weak); with CFG this is the paper's form for several guides."""
 
     name: ClassVar[str] = "Autoguidance"
+    short: ClassVar[str] = "Autoguidance"
     weak_model: Any
     scale: float = 2.0
 
@@ -44,10 +46,10 @@ class Autoguidance(Term):
 
 def check_weak_model(model: Any, weak_model: Any) -> None:
     """Raise ValueError if the two models do not work on the same kind of latent."""
-    main, weak = (patcher.model.latent_format for patcher in (model, weak_model))
-    if type(main).__name__ != type(weak).__name__ or main.latent_channels != weak.latent_channels:
+    if not same_latent(model, weak_model):
         raise ValueError(
-            f"Autoguidance needs two models of one latent format: model has {_describe(main)}, weak_model has {_describe(weak)}."
+            f"Autoguidance needs two models of one latent format: model has {describe_latent(model)}, "
+            f"weak_model has {describe_latent(weak_model)}."
         )
 
 
@@ -71,7 +73,3 @@ def with_own_weights(weak_model: Any, model: Any) -> Any:
     own.model = copy.deepcopy(weak_model.model, {id(config): config})
     own.backup, own.object_patches_backup, own.pinned = {}, {}, set()
     return own
-
-
-def _describe(latent_format: Any) -> str:
-    return f"{type(latent_format).__name__} ({latent_format.latent_channels} channels)"

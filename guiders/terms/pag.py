@@ -32,6 +32,7 @@ class PAG(Term):
     """D + s (D_c - D_p), where D_p has identity self-attention in a few layers."""
 
     name: ClassVar[str] = "Perturbed-Attention Guidance (PAG)"
+    short: ClassVar[str] = "PAG"
     perturbation: IdentityAttention
     scale: float = 3.0
     rescale: float = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io
@@ -9,13 +10,11 @@ from comfy_api.latest import io
 from ...guiders.policies.search import NAME as SEARCH
 from ...guiders.policies.search import search
 from ...guiders.policies.weights_per_step import StepWeights, StepwiseCFG
-from .. import files
-from ..schema import ATTACHED, CATEGORY, guided, model_input
-from ..training_inputs import CATEGORY as TRAINING
-from ..training_inputs import run_inputs, runs_of, seed_input
+from ..files import About, Kind, save_and_load
+from ..schema import guidance_schema, guided
+from ..training_inputs import CATEGORY, run_inputs, runs_of, seed_input
 
 PolicyType = io.Custom("GUIDANCE_POLICY")
-SUFFIX = ".json"
 
 
 class LodestarPolicySearch(io.ComfyNode):
@@ -27,7 +26,7 @@ class LodestarPolicySearch(io.ComfyNode):
         return io.Schema(
             node_id="LodestarPolicySearch",
             display_name=SEARCH,
-            category=TRAINING,
+            category=CATEGORY,
             description="Finds, by gradient descent through the sampler, which steps need CFG and how strong: close to the CFG result with "
             "fewer evaluations. Takes about ten times as long per image as sampling.",
             search_aliases=["policy", "schedule search", "adaptive guidance", "nas", "dynamic cfg"],
@@ -65,16 +64,13 @@ class LodestarGuidancePolicy(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Schema."""
-        return io.Schema(
+        return guidance_schema(
+            StepwiseCFG,
             node_id="LodestarGuidancePolicy",
-            display_name=StepwiseCFG.name,
-            category=CATEGORY,
             description="Samples with a policy: at every step the conditional prediction, the unconditional one, or CFG at a weight of its "
             "own. Only what a step uses is evaluated.",
             search_aliases=["policy", "cfg schedule", "dynamic cfg", "adaptive guidance", "speed"],
-            inputs=[model_input(), PolicyType.Input("policy", tooltip="From Guidance policy search or Guidance policy: load.")],
-            outputs=[io.Model.Output(tooltip="The model with the guidance attached.")],
-            **ATTACHED,
+            inputs=[PolicyType.Input("policy", tooltip="From Guidance policy search or Guidance policy: load.")],
         )
 
     @classmethod
@@ -83,55 +79,30 @@ class LodestarGuidancePolicy(io.ComfyNode):
         return guided(cls, model, StepwiseCFG(policy=policy))
 
 
-class LodestarSavePolicy(io.ComfyNode):
-    """A policy to a file."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        """Schema."""
-        return io.Schema(
-            node_id="LodestarSavePolicy",
-            display_name="Guidance policy: save",
-            category=TRAINING,
-            description="Writes a guidance policy as a readable JSON file into models/guidance.",
-            search_aliases=["policy", "cfg schedule", "save"],
-            is_output_node=True,
-            inputs=[PolicyType.Input("policy", tooltip="From Guidance policy search."), files.prefix_input("policy")],
-            outputs=[io.String.Output("file", tooltip="The file's name, as Guidance policy: load lists it.")],
-        )
-
-    @classmethod
-    def execute(cls, policy: StepWeights, filename_prefix: str) -> io.NodeOutput:
-        """Never overwrites a file."""
-        return files.saved(filename_prefix, SUFFIX, policy.save)
+def _read(path: Path) -> tuple[StepWeights, str]:
+    policy = StepWeights.load(path)
+    return policy, policy.to_json()
 
 
-class LodestarLoadPolicy(io.ComfyNode):
-    """A policy from a file."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        """Schema."""
-        return io.Schema(
-            node_id="LodestarLoadPolicy",
-            display_name="Guidance policy: load",
-            category=TRAINING,
-            description="Reads a guidance policy from a JSON file in models/guidance, found by a search or written by hand.",
-            search_aliases=["policy", "cfg schedule", "load"],
-            inputs=[files.file_input(SUFFIX)],
-            outputs=[
-                PolicyType.Output("policy", tooltip="For Guidance policy: apply."),
-                io.String.Output("json", tooltip="The policy as text, with one choice for every step."),
-            ],
-        )
-
-    @classmethod
-    def execute(cls, file: str) -> io.NodeOutput:
-        """A file that is not a policy is refused."""
-        policy = StepWeights.load(files.existing(file))
-        return io.NodeOutput(policy, policy.to_json())
-
-    @classmethod
-    def fingerprint_inputs(cls, file: str) -> str:
-        """Load again when the file has changed."""
-        return files.fingerprint(file)
+LodestarSavePolicy, LodestarLoadPolicy = save_and_load(
+    Kind("guidance", ".json", prefix="policy"),
+    save=About(
+        node_id="LodestarSavePolicy",
+        display_name="Guidance policy: save",
+        description="Writes a guidance policy as a readable JSON file into models/guidance.",
+        search_aliases=["policy", "cfg schedule", "save"],
+    ),
+    load=About(
+        node_id="LodestarLoadPolicy",
+        display_name="Guidance policy: load",
+        description="Reads a guidance policy from a JSON file in models/guidance, found by a search or written by hand.",
+        search_aliases=["policy", "cfg schedule", "load"],
+    ),
+    value=PolicyType.Input("policy", tooltip="From Guidance policy search."),
+    outputs=[
+        PolicyType.Output("policy", tooltip="For Guidance policy: apply."),
+        io.String.Output("json", tooltip="The policy as text, with one choice for every step."),
+    ],
+    write=StepWeights.save,
+    read=_read,
+)

@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ...guiders.shapers.frequency import FrequencyGuidance
-from ..schema import ATTACHED, CATEGORY, guided, model_input
+from ..schema import guidance_schema, guided
 
 
 class LodestarFrequencyGuidance(io.ComfyNode):
@@ -16,21 +16,19 @@ class LodestarFrequencyGuidance(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Schema."""
-        return io.Schema(
+        return guidance_schema(
+            FrequencyGuidance,
             node_id="LodestarFrequencyGuidance",
-            display_name=FrequencyGuidance.name,
-            category=CATEGORY,
             description="CFG with one weight for what a smaller picture already shows and a larger one for the detail beyond it. "
             "For the second pass of a high-resolution picture. No extra cost.",
             search_aliases=["fa-cfg", "facfg", "frecas", "frequency", "detail", "sharp", "high resolution"],
             inputs=[
-                model_input(),
                 io.Float.Input(
-                    "low_scale", default=7.5, min=-100.0, max=100.0, step=0.1,
+                    "low_scale", default=FrequencyGuidance.low_scale, min=-100.0, max=100.0, step=0.1,
                     tooltip="CFG weight of the low frequencies. Use the sampler's cfg; it replaces that.",
                 ),
                 io.Float.Input(
-                    "high_scale", default=35.0, min=-100.0, max=1000.0, step=0.5,
+                    "high_scale", default=FrequencyGuidance.high_scale, min=-100.0, max=1000.0, step=0.5,
                     tooltip="CFG weight of the frequencies above the low band. Paper: 35 to 45. Equal to low_scale is plain CFG.",
                 ),
                 io.Int.Input(
@@ -42,14 +40,11 @@ class LodestarFrequencyGuidance(io.ComfyNode):
                     tooltip="Height of the low band in picture pixels: that of the previous, smaller stage.",
                 ),
             ],
-            outputs=[io.Model.Output(tooltip="The model with the guidance attached.")],
-            **ATTACHED,
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model: Any, low_scale: float, high_scale: float, low_width: int, low_height: int) -> io.NodeOutput:
+    def execute(cls, model: Any, low_width: int, low_height: int, **scales: float) -> io.NodeOutput:
         """Attach the rule, with the low band's size in latent pixels."""
         ratio = model.get_model_object("latent_format").spacial_downscale_ratio
-        height, width = (max(1, round(size / ratio)) for size in (low_height, low_width))
-        rule = FrequencyGuidance(low_scale=low_scale, high_scale=high_scale, low_height=height, low_width=width)
-        return guided(cls, model, rule)
+        width, height = (max(1, round(size / ratio)) for size in (low_width, low_height))
+        return guided(cls, model, FrequencyGuidance(low_width=width, low_height=height, **scales))

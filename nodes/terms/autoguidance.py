@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ...guiders.terms.autoguidance import Autoguidance, check_weak_model, with_own_weights
-from ..schema import ATTACHED, CATEGORY, check_window, guided, model_input, window_inputs
+from ..schema import guidance_schema, guided, window_inputs
 
 
 class LodestarAutoguidance(io.ComfyNode):
@@ -16,36 +16,30 @@ class LodestarAutoguidance(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Schema."""
-        return io.Schema(
+        return guidance_schema(
+            Autoguidance,
             node_id="LodestarAutoguidance",
-            display_name=Autoguidance.name,
-            category=CATEGORY,
             description="Guides away from a weaker version of the model under the same prompt: better quality without losing variety. "
             "One evaluation of the weak model per step.",
             search_aliases=["autoguidance", "bad model", "weak model", "dual model", "atg"],
             inputs=[
-                model_input(),
                 io.Model.Input(
                     "weak_model",
                     tooltip="A smaller or less trained version of the same model, on the same kind of latent: an early checkpoint, "
                     "the base without its LoRA. A quantised or merely different model does not help.",
                 ),
                 io.Float.Input(
-                    "scale", default=2.0, min=0.0, max=20.0, step=0.05, round=0.001,
+                    "scale", default=Autoguidance.scale, min=0.0, max=20.0, step=0.05, round=0.001,
                     tooltip="w of the paper: weak + w (model - weak). 1 is off and free; 1.7 to 3 is usual.",
                 ),
                 *window_inputs(),
             ],
-            outputs=[io.Model.Output(tooltip="The model with the guidance attached.")],
-            **ATTACHED,
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model: Any, weak_model: Any, scale: float, start_percent: float, end_percent: float) -> io.NodeOutput:
+    def execute(cls, model: Any, weak_model: Any, scale: float, **window: float) -> io.NodeOutput:
         """Attach the rule; models of different latent formats are refused here."""
-        check_window(Autoguidance.name, start_percent, end_percent)
         check_weak_model(model, weak_model)
         if scale != 1:
             weak_model = with_own_weights(weak_model, model)
-        rule = Autoguidance(weak_model=weak_model, scale=scale, start_percent=start_percent, end_percent=end_percent)
-        return guided(cls, model, rule)
+        return guided(cls, model, Autoguidance(weak_model=weak_model, scale=scale, **window))

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ...guiders.network.identity_attention import IdentityAttention
 from ...guiders.network.layers import resolve_layers
 from ...guiders.terms.pag import PAG
-from ..schema import ATTACHED, CATEGORY, check_window, guided, model_input, window_inputs
+from ..schema import guidance_schema, guided, window_inputs
 
 
 class LodestarPAG(io.ComfyNode):
@@ -18,17 +18,15 @@ class LodestarPAG(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Schema."""
-        return io.Schema(
+        return guidance_schema(
+            PAG,
             node_id="LodestarPAG",
-            display_name=PAG.name,
-            category=CATEGORY,
             description="Guides away from a prediction with broken self-attention: better structure, with or without a prompt. "
             "One more branch per step, in the same model call.",
             search_aliases=["pag", "perturbed attention", "structure", "sag", "seg"],
             inputs=[
-                model_input(),
                 io.Float.Input(
-                    "scale", default=3.0, min=0.0, max=100.0, step=0.1, round=0.01,
+                    "scale", default=PAG.scale, min=0.0, max=100.0, step=0.1, round=0.01,
                     tooltip="Strength s of the update s (D_c - D_p). 0 is off and free. 1.5 to 5 with CFG, about 5 without.",
                 ),
                 io.String.Input(
@@ -42,21 +40,15 @@ class LodestarPAG(io.ComfyNode):
                     "passthrough: every token sees itself alone.",
                 ),
                 io.Float.Input(
-                    "rescale", default=0.0, min=0.0, max=1.0, step=0.01, advanced=True,
+                    "rescale", default=PAG.rescale, min=0.0, max=1.0, step=0.01, advanced=True,
                     tooltip="Pulls the contrast back to that of the unguided prediction; not in the paper. 0 is off.",
                 ),
                 *window_inputs(),
             ],
-            outputs=[io.Model.Output(tooltip="The model with the guidance attached.")],
-            **ATTACHED,
         )  # fmt: skip
 
     @classmethod
-    def execute(
-        cls, model: Any, scale: float, layers: str, joint_attention: str, rescale: float, start_percent: float, end_percent: float
-    ) -> io.NodeOutput:
+    def execute(cls, model: Any, layers: str, joint_attention: str, **settings: float) -> io.NodeOutput:
         """Attach the rule; a wrong layer name is refused here, with the layers this model has."""
-        check_window(PAG.name, start_percent, end_percent)
         perturbation = IdentityAttention(resolve_layers(model, layers), joint_attention)
-        rule = PAG(perturbation=perturbation, scale=scale, rescale=rescale, start_percent=start_percent, end_percent=end_percent)
-        return guided(cls, model, rule)
+        return guided(cls, model, PAG(perturbation=perturbation, **settings))

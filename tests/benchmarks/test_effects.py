@@ -18,9 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def effects(host):
     """The modules of the benchmark, by name."""
-    from lodestar.benchmarks.effects import __main__, cells, claims, methods, metrics, report
+    from lodestar.benchmarks.effects import __main__, cells, claims, method, metrics, report
 
-    return {"main": __main__, "cells": cells, "claims": claims, "methods": methods, "metrics": metrics, "report": report}
+    return {"main": __main__, "cells": cells, "claims": claims, "method": method, "metrics": metrics, "report": report}
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def test_a_cell_depends_on_its_settings_and_its_code(effects):
 
 def small(effects, steps=2):
     """A method with two cells of a few steps."""
-    cells, metrics, methods = effects["cells"], effects["metrics"], effects["methods"]
+    cells, metrics, methods = effects["cells"], effects["metrics"], effects["method"]
     plain = cells.guided("unet", "CFG 3", 3.0, steps=steps)
     shaped = cells.guided("unet", "APG 3", 3.0, cells.node("LodestarAPG"), steps=steps)
     claim = effects["claims"].Claim("saturates less", shaped, plain, metrics.SATURATION, why="a run this small says nothing")
@@ -198,7 +198,7 @@ def test_a_small_run_from_end_to_end(effects, tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_two_workers_share_the_cells(effects, tmp_path):
     main, cells = effects["main"], effects["cells"]
-    method = effects["methods"].methods()["autoguidance"]
+    method = effects["method"].methods()["autoguidance"]
     cache = cells.Cache(tmp_path, 32)
     *done, first, second = method.cells
     for cell in done:
@@ -210,7 +210,7 @@ def test_two_workers_share_the_cells(effects, tmp_path):
 
 @pytest.mark.slow
 def test_a_worker_that_fails_says_why(effects, tmp_path):
-    main, method = effects["main"], effects["methods"].methods()["autoguidance"]
+    main, method = effects["main"], effects["method"].methods()["autoguidance"]
     cache = effects["cells"].Cache(tmp_path, 32)
     cell = method.cells[0]
     cache.path(cell).mkdir()  # so that it cannot be written
@@ -220,22 +220,12 @@ def test_a_worker_that_fails_says_why(effects, tmp_path):
         main.feed(0, ["autoguidance"], method.cells, queue, cache, lambda count: None)
 
 
-# -------------------------------------------------------------------------------------------------------------- README
-
-
-def test_the_readme_has_the_table_of_the_results(effects, tmp_path):
-    report = effects["report"]
-    results = ROOT / "benchmarks" / "results" / "effects.json"
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    copy = tmp_path / "README.md"
-    copy.write_text(readme, encoding="utf-8")
-    report.write_readme(copy, results, {name: method.title for name, method in effects["methods"].methods().items()})
-    assert copy.read_text(encoding="utf-8") == readme, "run `python run.py bench effects --readme`"
+# ------------------------------------------------------------------------------------------------------------- results
 
 
 def test_the_results_are_of_the_methods_at_hand(effects):
     results = effects["report"].Report.load(ROOT / "benchmarks" / "results" / "effects.json").methods
-    known = effects["methods"].methods()
+    known = effects["method"].methods()
     assert set(results) <= set(known)
     for name, found in results.items():
         assert found["title"] == known[name].title

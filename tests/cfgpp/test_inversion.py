@@ -14,8 +14,11 @@ from lodestar.demo import models, shapes
 from lodestar.guiders.cfgpp.inversion import LARGEST_TIME, first_step, inversion_step, invert
 from lodestar.guiders.cfgpp.sampler import cfgpp_sampler
 from lodestar.guiders.cfgpp.solvers import cfgpp_step
+from lodestar.guiders.engine.curves import CFG_UPDATE, Quantity
+from lodestar.guiders.policies.interval import GuidanceInterval
 from lodestar.guiders.shapers.apg import APG
 from lodestar.guiders.spaces import Level, levels_of
+from lodestar.guiders.terms.pag import PAG
 
 EDM = [14.6, 5.0, 2.0, 0.7, 0.2, 0.0]
 FLOW = [0.95, 0.8, 0.55, 0.3, 0.1, 0.0]
@@ -199,6 +202,16 @@ def test_terms_guide_the_noise():
     assert not close(inverted(model)[0]["samples"], inverted(plain)[0]["samples"], 1e-2)
     log = log_of(model)
     assert log.nfe == 3 * 6 and all(len(curve) == 6 for curve in log.curves.values())
+
+
+def test_every_step_is_logged_under_the_step_of_sampling_that_it_undoes():
+    model = tiny("unet")
+    main = guided(model, pag(model, end_percent=0.5), GuidanceInterval(start_percent=0.5))
+    inverted(main)
+    log = log_of(main)
+    assert list(log.evaluations) == list(log.choices) == [5, 4, 3, 2, 1, 0]
+    assert set(log.evaluations.values()) == {2}  # D_p in the first part of the schedule, D_u in the rest
+    assert sorted(log.curves[Quantity(PAG.name, "update")] | log.curves[CFG_UPDATE]) == list(range(6))
 
 
 def test_interrupted():

@@ -251,6 +251,21 @@ def test_the_report_has_the_equivalent_weights(name):
     assert log.curves[CURVE] == pytest.approx(expected, rel=1e-5) and log.curves[CURVE][5] == pytest.approx(0.6)
 
 
+def test_a_schedule_that_another_pack_cuts_up():
+    """The sampler's own count of steps is not the run's then: the steps are found by their noise levels."""
+    model, ours = tiny("unet"), sampler()
+
+    def in_parts(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        for part in (sigmas[:4], sigmas[3:]):
+            x = ours.sampler_function(model, x, part, extra_args, callback, disable, **ours.extra_options)
+        return x
+
+    main = guided(model, pag(model))
+    whole = run(main, ours)
+    assert torch.equal(run(main, comfy.samplers.KSAMPLER(in_parts)), whole)
+    assert log_of(main).evaluations == dict.fromkeys(range(6), 3)
+
+
 def test_others_can_tell_that_it_reads_the_unconditional_prediction():
     assert reads_uncond(sampler()) == "CFG++ Sampler" and reads_uncond(Inversion(0.6)) == "CFG++ Inversion"
     assert reads_uncond(host("euler")) is None and reads_uncond(host("euler_cfg_pp")) == "euler_cfg_pp"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import uuid
 
 import pytest
 import tools
 import torch
+from conditioning_tools import node
 from tools import WrappersMP, close, comfy, counted, empty_latent, guided, pag, reference, sample, tiny
 
 from lodestar.guiders.policies.interval import GuidanceInterval
@@ -20,21 +19,6 @@ STEPS = 4
 
 def run(model, **more):
     return sample(model, **{"steps": STEPS, "latent": empty_latent(model, 1, 8)} | more)
-
-
-def node(module: str, name: str, **inputs):
-    """A function model -> model that executes one of the host's nodes."""
-
-    def apply(model):
-        cls = getattr(pytest.importorskip(f"comfy_extras.{module}"), name, None)
-        function = getattr(cls, "patch" if name == "RescaleCFG" else "execute", None)
-        if function is None or not set(inputs) <= set(inspect.signature(function).parameters):
-            pytest.skip(f"this ComfyUI has no {apply.__name__}")
-        result = cls().patch(model, **inputs) if name == "RescaleCFG" else cls.execute(model, **inputs)
-        return result[0] if isinstance(result, tuple) else result.result[0]
-
-    apply.__name__ = name + "".join(f" {key}" for key, value in inputs.items() if value is True)
-    return apply
 
 
 SKIP = {"scale": 2.0, "start_percent": 0.0, "end_percent": 1.0, "double_layers": "1", "single_layers": ""}
@@ -63,14 +47,14 @@ NETWORK = [
     node("nodes_freelunch", "FreeU_V2", **FREE_U),
     node("nodes_hypertile", "HyperTile", tile_size=32, swap_size=1, max_depth=0, scale_depth=False),
 ]
-WEIGHT = [node("nodes_custom_sampler", "CFGOverride", cfg=2.0, start_percent=0.0, end_percent=0.6)]
+WEIGHT = [node("nodes_custom_sampler", "CFGOverride", since="0.24.0", cfg=2.0, start_percent=0.0, end_percent=0.6)]
 CACHES = [
     node("nodes_easycache", "EasyCacheNode", **CACHE),
     node("nodes_easycache", "LazyCacheNode", **CACHE),
 ]
 CONFLICTS = [
     node("nodes_model_advanced", "RescaleCFG", multiplier=0.7),
-    node("nodes_cfg", "CFGNorm", strength=0.8, pre_cfg=True),
+    node("nodes_cfg", "CFGNorm", since="0.24.0", strength=0.8, pre_cfg=True),
     node("nodes_lumina2", "RenormCFG", cfg_trunc=100.0, renorm_cfg=1.0),
     node("nodes_perpneg", "PerpNeg", empty_conditioning=tools.cond(3), neg_scale=1.0),
 ]
@@ -156,7 +140,7 @@ def test_our_pag_is_the_hosts_pag():
 def test_cfg_override_decides_the_weight_that_apg_uses():
     """An override to 1 is no CFG: no unconditional rows, and nothing for APG to shape."""
     model = tiny("unet")
-    override = node("nodes_custom_sampler", "CFGOverride", cfg=1.0, start_percent=0.0, end_percent=1.0)
+    override = node("nodes_custom_sampler", "CFGOverride", since="0.24.0", cfg=1.0, start_percent=0.0, end_percent=1.0)
     expected = run(model, cfg=1.0)
     for both in (override(guided(model, APG())), guided(override(model), APG())):
         with counted(model) as rows:
@@ -166,7 +150,7 @@ def test_cfg_override_decides_the_weight_that_apg_uses():
 
 def test_interval_and_override_share_the_weight():
     model = tiny("unet")
-    override = node("nodes_custom_sampler", "CFGOverride", cfg=2.0, start_percent=0.0, end_percent=0.5)
+    override = node("nodes_custom_sampler", "CFGOverride", since="0.24.0", cfg=2.0, start_percent=0.0, end_percent=0.5)
     with counted(model) as rows:
         run(guided(override(model), GuidanceInterval(end_percent=0.5)))
     assert set(rows) == {1, 2}
@@ -329,11 +313,3 @@ def test_a_pre_cfg_function_decides_what_a_shaper_gets():
     equal = model.clone()
     equal.set_model_sampler_pre_cfg_function(lambda args: [args["conds_out"][0]] * 2)
     assert close(run(guided(equal, APG())), run(model, cfg=1.0))
-
-
-def test_all_extra_nodes_of_the_list_exist_in_the_newest_host():
-    """So that no test above is skipped without anybody noticing."""
-    if not hasattr(importlib.import_module("comfy_extras.nodes_custom_sampler"), "DualModelGuider"):
-        pytest.skip("an older ComfyUI")
-    for patch in (*POST, *PRE, *NETWORK, *WEIGHT, *CACHES, *CONFLICTS):
-        patch(tiny(kind_for(patch)))

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass, field
-from functools import partial
 from typing import ClassVar
 
+import conditioning_tools
 import pytest
-import test_conditioning
 import tools
 import torch
-from tools import KINDS, close, comfy, cond, counted, empty_latent, guided, log_of, pag, sample, tiny
+from tools import KINDS, close, cond, counted, empty_latent, guided, log_of, pag, sample, tiny
 
-from lodestar.guiders.engine.attach import attach
-from lodestar.guiders.engine.choice import Choice, common
-from lodestar.guiders.engine.host import reads_uncond
+from lodestar.guiders.engine.choice import Choice
 from lodestar.guiders.engine.plan import Policy
 from lodestar.guiders.policies.interval import GuidanceInterval
 from lodestar.guiders.shapers.apg import APG
@@ -49,13 +46,6 @@ class Listed(Policy):
         return self.prediction(cond)
 
 
-class Weights(Listed):
-    """Another policy that claims something."""
-
-    name: ClassVar[str] = "Weights"
-    claims: ClassVar[str] = "the weight of each step"
-
-
 def constant(**choice):
     return Listed(choices=(Choice(**choice),) * STEPS)
 
@@ -66,25 +56,6 @@ def small(model, batch: int = 3):
 
 def run(model, batch: int = 3, **more):
     return sample(model, steps=STEPS, latent=small(model, batch), **more)
-
-
-# --- choices ---------------------------------------------------------------------------------------------------------
-
-
-def test_common_rows():
-    assert common(True, (True, False)) == common((True, False), True) == (True, False)
-    assert common(False, (True, False)) is common((True, False), False) is False
-    assert common((True, False), (False, True)) is False
-    assert common((True, True), (False, True)) == (False, True)
-
-
-def test_choices_combine_to_the_least():
-    assert Choice() & Choice() == Choice()
-    assert Choice(weight=3.0) & Choice() == Choice() & Choice(weight=3.0) == Choice(weight=3.0)
-    assert (Choice(weight=0.0) & Choice(weight=1.0)).weight == 1
-    assert (Choice(uncond=(True, False)) & Choice(predicted=True)) == Choice(uncond=(True, False), predicted=True)
-    assert (Choice(uncond=(True, False)) & Choice(predicted=True)).evaluated is False
-    assert (Choice(terms=False) & Choice(terms=(True, False))).terms is False
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
@@ -137,12 +108,12 @@ def test_rows_of_branches_too(kind):
     assert rows == [6, 3] * STEPS and close(result, run(guided(model, *rules), cfg=1.0))
 
 
-@pytest.mark.parametrize("conditioning", test_conditioning.EVERYWHERE, ids=lambda function: function.__name__)
+@pytest.mark.parametrize("conditioning", conditioning_tools.EVERYWHERE, ids=lambda function: function.__name__)
 @pytest.mark.parametrize("kind", ["unet", "mmdit"])
 def test_conditioning_of_every_kind(kind, conditioning):
     model = tiny(kind)
     changes = conditioning(model)
-    latent = changes.pop("latent", empty_latent(model, 1, test_conditioning.SIZE)).repeat(3, 1, 1, 1)
+    latent = changes.pop("latent", empty_latent(model, 1, conditioning_tools.SIZE)).repeat(3, 1, 1, 1)
     changes["negative"] = changes.get("negative", []) + changes["positive"][1:] if "positive" in changes else cond(2)
     changes["negative"] = changes["negative"] + for_each_row()
 
@@ -165,10 +136,10 @@ def for_each_row():
 def test_control_nets(on):
     """They are prepared for all rows; the model takes what belongs to its own."""
     model = tiny("unet")
-    control = test_conditioning.control_net()
+    control = conditioning_tools.control_net()
     conds = {"positive": cond(1), "negative": cond(2)}
-    conds |= {name: test_conditioning.with_values(conds[name], control=control) for name in on}
-    latent = empty_latent(model, 3, test_conditioning.SIZE)
+    conds |= {name: conditioning_tools.with_values(conds[name], control=control) for name in on}
+    latent = empty_latent(model, 3, conditioning_tools.SIZE)
     some = guided(model, constant(uncond=(False, True, True)))
     with counted(model) as rows:
         result = sample(some, steps=STEPS, latent=latent, **conds)
@@ -179,7 +150,7 @@ def test_control_nets(on):
 
 def test_context_windows_over_a_batch_of_pictures_are_evaluated_whole():
     model = tiny("unet")
-    patch = test_conditioning.windows(dim=0)
+    patch = conditioning_tools.windows(dim=0)
     latent = empty_latent(model, 5, 8)
     some = (False, True, True, False, True)
     main = guided(patch(model), constant(uncond=some))
@@ -328,35 +299,3 @@ def test_the_interval_adds_its_savings():
     inside = sum(s > float(model.model.model_sampling.percent_to_sigma(0.5)) for s in log_of(main).sigmas[:-1])
     assert 0 < inside < STEPS
     assert rows == [2, 3] * inside + [3] * (STEPS - inside)
-
-
-def test_two_policies_with_the_same_claim_are_refused():
-    choices = (Choice(weight=2.0),) * STEPS
-    one = attach(tiny("unet"), Weights(choices=choices))
-    with pytest.raises(ValueError, match=r"^Weights and Weights both decide the weight of each step; bypass one of the two nodes\.$"):
-        attach(one, Weights(choices=choices))
-    attach(one, constant())
-
-
-def test_policies_are_asked_before_sampling():
-    class Strict(Listed):
-        def check(self, guider, sampler, sigmas):
-            raise ValueError(f"{type(guider).__name__} {sampler.sampler_function.__name__} {len(sigmas)}")
-
-    model = tiny("unet")
-    with counted(model) as rows, pytest.raises(ValueError, match=r"^CFGGuider sample_euler 5$"):
-        run(guided(model, Strict(choices=())))
-    assert not rows
-
-
-def test_samplers_that_read_uncond():
-    names = [name for name in comfy.samplers.SAMPLER_NAMES if reads_uncond(comfy.samplers.sampler_object(name))]
-    assert names and names == [name for name in comfy.samplers.SAMPLER_NAMES if name.endswith("_cfg_pp")]
-    assert reads_uncond(comfy.samplers.sampler_object("euler_cfg_pp")) == "euler_cfg_pp"
-
-    def ours():
-        pass
-
-    assert reads_uncond(partial(ours)) is None
-    ours.reads_uncond = "A Node"
-    assert reads_uncond(partial(ours)) == "A Node"

@@ -12,7 +12,6 @@ from tools import close, comfy, empty_latent, guided, log_of, pag, reference, sa
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lodestar.guiders.engine.plan import Shaper
-from lodestar.guiders.engine.schedule import nearest_step
 from lodestar.guiders.policies.interval import GuidanceInterval
 from lodestar.guiders.shapers.apg import APG
 
@@ -37,7 +36,7 @@ class Probe(Shaper):
     neutral = False
     seen: list = field(default_factory=list)
 
-    def shape(self, update, denoised, step):
+    def shape(self, update, cond, w, step):
         """Nothing but the note."""
         self.seen.append((step.index, step.first))
         return update
@@ -111,10 +110,6 @@ def test_samplers_that_start_over_start_afresh():
         comfy.sample.sample_custom(
             main, noise, 4.0, comfy.samplers.KSAMPLER(twice), sigmas, tools.cond(1), tools.cond(2), noise * 0, disable_pbar=True
         )
-
-
-def test_a_sampler_without_a_loop_is_placed_by_its_noise_level():
-    assert [nearest_step([10.0, 5.0, 1.0, 0.0], sigma) for sigma in (20.0, 10.0, 7.0, 5.0, 2.0, 1.0, 0.5)] == [0, 0, 0, 1, 1, 2, 2]
 
 
 # --- no waiting for the GPU ------------------------------------------------------------------------------------------

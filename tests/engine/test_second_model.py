@@ -19,7 +19,7 @@ def run(model, **more):
 
 def attach_node(model, weak_model, scale=2.0):
     node = nodes.NODE_CLASS_MAPPINGS["LodestarAutoguidance"]
-    return node.execute(model, weak_model, scale, 0.0, 1.0).result[0]
+    return node.execute(model, weak_model, scale=scale).result[0]
 
 
 # --- loading ---------------------------------------------------------------------------------------------------------

@@ -201,10 +201,10 @@ def test_text_is_broken_within_the_room(host):
 
 @pytest.mark.parametrize(("height", "width"), [(16, 48), (300, 200), (1024, 768)])
 def test_grids_of_other_sizes(host, height, width):
-    from lodestar.pictures.comparison import Column, draw
+    from lodestar.pictures.comparison import LabelledPictures, draw
 
     generator = torch.Generator().manual_seed(0)
-    columns = [Column("a label " * n, torch.rand(n, height, width, 3, generator=generator), 3.5, 1.0) for n in (1, 3)]
+    columns = [LabelledPictures("a label " * n, torch.rand(n, height, width, 3, generator=generator), 3.5, 1.0) for n in (1, 3)]
     grid = draw(columns, "settings")
     assert grid.shape[0] == 1 and grid.shape[3] == 3 and float(grid.min()) >= 0 and float(grid.max()) <= 1
     factor = max(1, 256 // max(height, width))
@@ -230,7 +230,7 @@ def test_a_refused_column_is_named_before_anything_is_sampled(demo, guided):
         (guided[3], {"sampler_name": "euler_cfg_pp"}, "cannot work with the sampler euler_cfg_pp"),
         (too_large, {}, "is larger than the latent of 32x32"),
         (claimed, {}, "both replace the CFG combination"),
-        (tools.tiny("mmdit"), {}, "works on SD3 latents with 16 channels"),
+        (tools.tiny("mmdit"), {}, r"works on SD3 \(16 channels\) latents"),
     ):
         with tools.counted(demo[0]) as calls, pytest.raises(ValueError, match=rf"^Compare Guidance: model1 \(.*\): .*{why}"):
             compare(demo, [guided[0], refused], **more)

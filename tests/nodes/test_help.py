@@ -66,14 +66,3 @@ def test_pictures_are_there_described_and_small(page):
 def test_no_picture_is_left_over():
     used = {target for page in PAGES for _, target in PICTURE.findall(page.read_text(encoding="utf-8"))}
     assert {file.name for file in DOCS.glob("*.png")} == used
-
-
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.stem)
-def test_links_to_files_lead_somewhere(page):
-    text = page.read_text(encoding="utf-8")
-    targets = re.findall(r"\]\(([^)#:]+)\)", text)
-    assert all((page.parent / target).exists() for target in targets), targets
-    if page.name != "README.md":
-        return
-    for name in re.findall(r"python run\.py python (\S+\.py)", text):
-        assert (ROOT / name).is_file(), name

@@ -1,4 +1,4 @@
-"""Translations: English is what the schemas say, the others have the same places, and the front end shows them."""
+"""Translations: English is what the schemas say, the others have the same keys, and the front end shows them."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def read(language, file="nodeDefs.json"):
     return json.loads((LOCALES / language / file).read_text(encoding="utf-8"))
 
 
-def places(texts):
-    """Where the texts of a translation are, and what they say."""
+def by_keys(texts):
+    """The texts of a translation by the keys that lead to them."""
     from workshop.translations import keys
 
-    def at(place):
+    def at(path):
         value = texts
-        for key in place:
+        for key in path:
             value = value[key]
         return value
 
-    return {place: at(place) for place in keys(texts)}
+    return {path: at(path) for path in keys(texts)}
 
 
 def test_english_is_what_the_schemas_say(host):
@@ -40,30 +40,30 @@ def test_english_is_what_the_schemas_say(host):
 
 @pytest.mark.parametrize("language", OTHERS)
 def test_nothing_is_missing_or_superfluous(host, language):
-    assert set(places(read(language))) == set(places(read("en")))
+    assert set(by_keys(read(language))) == set(by_keys(read("en")))
 
 
 @pytest.mark.parametrize("language", [*OTHERS, "en"])
 def test_texts_are_texts(host, language):
     """No text is empty, left in English, or has what the front end's message format would read as a placeholder or a plural."""
-    english = places(read("en"))
-    for place, text in places(read(language)).items():
-        assert text.strip() and not set(text) & set("{}|@"), place
-        if place[-1] in ("description", "tooltip"):
-            assert text.endswith((".", "。")), place
-            assert language == "en" or text != english[place], place
+    english = by_keys(read("en"))
+    for path, text in by_keys(read(language)).items():
+        assert text.strip() and not set(text) & set("{}|@"), path
+        if path[-1] in ("description", "tooltip"):
+            assert text.endswith((".", "。")), path
+            assert language == "en" or text != english[path], path
         elif language != "en":
-            assert text != english[place] or THE_SAME.fullmatch(text), place
+            assert text != english[path] or THE_SAME.fullmatch(text), path
 
 
 def test_numbers_and_choices_are_those_of_the_english_text(host):
     """What a user types or reads off stays the same in every language."""
-    english = places(read("en"))
+    english = by_keys(read("en"))
     for language in OTHERS:
-        for place, text in places(read(language)).items():
-            if place[-1] == "tooltip":
-                for number in re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", english[place]):
-                    assert number in text, (place, number)
+        for path, text in by_keys(read(language)).items():
+            if path[-1] == "tooltip":
+                for number in re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", english[path]):
+                    assert number in text, (path, number)
 
 
 @pytest.mark.parametrize("language", OTHERS)

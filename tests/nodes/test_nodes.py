@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import re
+from pathlib import Path
 
 import pytest
 
 from workshop.interface import recorded
 
+ROOT = Path(__file__).resolve().parents[2]
 NODES = recorded()  # test_interface.py compares it with what the nodes have
 APPLIED = ("LodestarLinearAG", "LodestarGuidancePolicy")  # need more than a model
 GUIDANCE = [node for node in NODES if NODES[node]["outputs"] == [{"type": "MODEL"}] and node not in APPLIED]
@@ -50,6 +52,7 @@ def test_everything_is_explained(classes, node):
     schema = classes[node].define_schema()
     assert schema.display_name and schema.category.startswith("lodestar/")
     assert len(schema.description) > 40 and schema.search_aliases
+    assert all((ROOT / file).is_file() for file in re.findall(r"[\w/]+/\w+\.\w+", classes[node].__doc__))
     for entry in (*schema.inputs, *schema.outputs):
         assert entry.tooltip and entry.tooltip.endswith("."), entry
 

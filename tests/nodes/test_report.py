@@ -25,6 +25,13 @@ def log(**changes) -> object:
     return RunLog(**values | changes)
 
 
+def named(curves) -> dict:
+    """Curves by what they show, whose kind is "update" unless their name begins with another kind."""
+    from lodestar.guiders.engine.curves import Quantity
+
+    return {Quantity(name, "cosine" if name.startswith("cosine") else "update"): points for name, points in curves.items()}
+
+
 def numbers(text: str) -> dict[str, float]:
     """The counters of a table by name."""
     return {line.split()[0]: float(line.split()[1]) for line in text.split("\n\n")[0].splitlines()}
@@ -33,7 +40,7 @@ def numbers(text: str) -> dict[str, float]:
 def test_the_table_holds_the_log(host):
     from lodestar.pictures.report import table
 
-    text = table(log(curves={"CFG update": {0: 0.5, 1: 0.25, 3: 0.1}}))
+    text = table(log(curves=named({"CFG update": {0: 0.5, 1: 0.25, 3: 0.1}})))
     assert numbers(text) == {"steps": 4, "batch": 2, "NFE": 12, "rows": 24, "calls": 5, "seconds": 1.5}
     assert "3.00 per step" in text and "0.75 per image" in text
     assert text.splitlines()[-1].split() == ["CFG", "update", "0-3", "0.5000", "0.2833", "0.1000"]
@@ -83,7 +90,7 @@ def test_two_nodes_of_one_kind_have_a_curve_each(host):
 
     model = attach(attach(tools.tiny("unet"), APG(eta=0.5)), APG(eta=0.2))
     tools.sample(model, steps=2)
-    assert {f"{APG.name} 1", f"{APG.name} 2"} <= set(tools.log_of(model).curves)
+    assert {f"{APG.name} 1", f"{APG.name} 2"} <= set(tools.curves_of(tools.log_of(model)))
 
 
 def test_it_works_under_a_guider_without_negative(report):
@@ -136,7 +143,7 @@ def test_every_log_can_be_drawn(host, curves, steps):
     from lodestar.pictures.report import draw, table
 
     of_run = log(
-        steps=steps, sigmas=[1.0] * steps + [0.0], curves={k: {s: v for s, v in c.items() if s < steps} for k, c in curves.items()}
+        steps=steps, sigmas=[1.0] * steps + [0.0], curves=named({k: {s: v for s, v in c.items() if s < steps} for k, c in curves.items()})
     )
     picture = draw(of_run)
     assert picture.dtype == torch.float32 and picture.shape[-2] >= 900 and table(of_run)
@@ -145,15 +152,46 @@ def test_every_log_can_be_drawn(host, curves, steps):
         assert not picture.equal(draw(log(steps=steps, sigmas=of_run.sigmas)))
 
 
-def test_cosines_have_an_axis_of_their_own(host):
+@pytest.mark.parametrize("kind", ["cosine", "weight"])
+def test_other_kinds_than_updates_have_an_axis_of_their_own(host, kind):
+    """Whatever the curve is called."""
+    from lodestar.guiders.engine.curves import CFG_UPDATE, Quantity
     from lodestar.pictures.report import draw
 
-    alone = draw(log(curves={"CFG update": {0: 0.1, 1: 0.2}}))
-    both = draw(log(curves={"CFG update": {0: 0.1, 1: 0.2}, "cosine of cond and uncond": {0: 0.99, 1: 0.999}}))
-    assert both.shape[1] > alone.shape[1]
+    update, other = {0: 0.1, 1: 0.2}, {0: 0.99, 1: 0.999}
+    alone = draw(log(curves={CFG_UPDATE: update}))
+    together = draw(log(curves={CFG_UPDATE: update, Quantity("some curve", "update"): other}))
+    apart = draw(log(curves={CFG_UPDATE: update, Quantity("some curve", kind): other}))
+    assert together.shape == alone.shape and apart.shape[1] > alone.shape[1]
 
 
-def test_switches_are_told_and_drawn(report):
+def test_the_log_as_plain_values(report):
+    """What programs read from the host's history is what the log says, and JSON."""
+    import json
+
+    import tools
+
+    from lodestar.guiders.policies.adaptive import AdaptiveGuidance
+
+    model = tools.tiny("unet")
+    main = tools.guided(model, AdaptiveGuidance(threshold=-1.0), tools.pag(model))
+    out = report.execute(main, {"samples": tools.sample(main, steps=4)})
+    (plain,) = out.ui["lodestar_report"]
+    assert json.loads(json.dumps(plain, allow_nan=False)) == plain
+    of_run = tools.log_of(main)
+    counters = ("steps", "batch", "nfe", "rows", "calls", "saved", "seconds", "sigmas")
+    assert {name: plain[name] for name in counters} == {name: getattr(of_run, name) for name in counters}
+    assert plain["nfe"] == 9 and plain["evaluations"] == [[0, 3], [1, 2], [2, 2], [3, 2]]
+    curves = {curve["name"]: curve for curve in plain["curves"]}
+    assert {name: dict(map(tuple, curve["points"])) for name, curve in curves.items()} == tools.curves_of(of_run)
+    kinds = {"CFG update": "update", "cosine of cond and uncond": "cosine", "Perturbed-Attention Guidance (PAG)": "update"}
+    assert {name: curve["kind"] for name, curve in curves.items()} == kinds
+    name = "Adaptive Guidance (AG)"
+    assert plain["switches"] == [{"rule": name, "curve": "cosine of cond and uncond", "threshold": -1.0, "steps": [1]}]
+    assert log(curves=named({"x": {0: math.nan, 1: 0.5}})).to_json()["curves"][0]["points"] == [[0, None], [1, 0.5]]
+
+
+def test_switches_are_written_and_drawn(report):
     import tools
 
     from lodestar.guiders.engine.curves import COSINE

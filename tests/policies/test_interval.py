@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lodestar.guiders.engine.evaluation import Evaluation
 from lodestar.guiders.engine.plan import GuidancePlan
 from lodestar.guiders.engine.run import Run
 from lodestar.guiders.policies.interval import GuidanceInterval
@@ -19,9 +20,10 @@ def covered(sigmas: torch.Tensor, high: float, low: float) -> list[int]:
     plan = GuidancePlan().plus(GuidanceInterval(start_percent=0.25, end_percent=0.75))
     run = Run(plan, SimpleNamespace(model_patcher=patcher), sigmas, (1, 4, 8, 8), None)
     steps = []
-    for run.index in range(len(sigmas) - 1):
+    for index in range(len(sigmas) - 1):
+        run.evaluation = Evaluation(index)
         if run.covers(0):
-            steps.append(run.index)
+            steps.append(index)
     return steps
 
 

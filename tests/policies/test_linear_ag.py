@@ -1,140 +1,32 @@
-"""LinearAG: the regression against lstsq and closed forms, and what it does in real runs. Spec (h) of adaptive_guidance.md."""
+"""LinearAG in real runs: fits, what they see and refuse, sampling with them, and files. Spec (h) of adaptive_guidance.md."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import tools
 import torch
+from safetensors.torch import load_file, safe_open, save_file
+
+from lodestar.guiders.learning.recognition import model_id
+from lodestar.guiders.learning.runs import Runs
+from lodestar.guiders.policies.adaptive import AdaptiveGuidance
+from lodestar.guiders.policies.interval import GuidanceInterval
+from lodestar.guiders.policies.linear_ag.coefficients import Coefficients
+from lodestar.guiders.policies.linear_ag.fit import fit
+from lodestar.guiders.policies.linear_ag.regression import Gram, score
+from lodestar.guiders.policies.linear_ag.rule import LinearAG
+from lodestar.guiders.shapers.apg import APG
+from lodestar.nodes.policies.linear_ag import LodestarLinearAG, LodestarLinearAGFit, LodestarLoadCoefficients, LodestarSaveCoefficients
 
 A, B = 0.7, 0.35  # of the synthetic u_k = A c_k + B u_{k-1}
-
-
-# --- the regression --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def linear_ag(host):
-    """The module under test."""
-    from lodestar.guiders.policies.linear_ag import regression
-
-    return regression
-
-
-def scores(steps: int = 8, batch: int = 3, seed: int = 0) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Correlated scores of a batch of trajectories: both drift slowly and differ little, like real ones."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (batch, 4, 6, 6)
-    cond, uncond = [], []
-    base, push = (torch.randn(shape, generator=generator) for _ in range(2))
-    for _ in range(steps):
-        base = base + 0.2 * torch.randn(shape, generator=generator)
-        push = 0.8 * push + 0.1 * torch.randn(shape, generator=generator)
-        cond.append(base + 0.1 * push)
-        uncond.append(base - 0.1 * push + 0.02 * torch.randn(shape, generator=generator))
-    return cond, uncond
-
-
-def test_the_solution_is_that_of_lstsq(linear_ag):
-    """Without a ridge, over two batches, in float64."""
-    gram, batches = linear_ag.Gram(8), [scores(seed=seed) for seed in (0, 1)]
-    for cond, uncond in batches:
-        gram.add(cond, uncond)
-    for k in linear_ag.replaced_steps(8):
-        columns = [torch.cat([c[i].flatten() for c, _ in batches]) for i in range(k + 1)]
-        columns += [torch.cat([u[i].flatten() for _, u in batches]) for i in range(k)]
-        target = torch.cat([u[k].flatten() for _, u in batches]).double()
-        direct = torch.linalg.lstsq(torch.stack(columns, dim=1).double(), target[:, None]).solution[:, 0]
-        torch.testing.assert_close(gram.solve(k, ridge=0.0), direct, rtol=1e-8, atol=1e-9)
-        error = target - torch.stack(columns, dim=1).double() @ direct
-        assert gram.r2(k, direct) == pytest.approx(1 - float(error.square().sum() / target.square().sum()), abs=1e-12)
-
-
-def test_the_ridge_is_small_and_damps(linear_ag):
-    gram = linear_ag.Gram(8)
-    gram.add(*scores())
-    for k in linear_ag.replaced_steps(8):
-        assert gram.r2(k, gram.solve(k)) == pytest.approx(gram.r2(k, gram.solve(k, 0.0)), abs=1e-7)
-        assert gram.solve(k, 10.0).norm() < gram.solve(k).norm()
-
-
-def test_the_fit_is_at_least_as_good_as_trivial_predictors(linear_ag):
-    gram = linear_ag.Gram(12)
-    gram.add(*scores(12))
-    for k in linear_ag.replaced_steps(12):
-        fit = gram.r2(k, gram.solve(k))
-        assert fit >= gram.r2(k, linear_ag.previous(k)) and fit >= gram.r2(k, linear_ag.shifted(k))
-
-
-def test_trivial_predictors(linear_ag):
-    cond, uncond = scores(4)
-    for k in (1, 3):
-        history = cond[: k + 1], uncond[:k]
-        assert linear_ag.predict(linear_ag.previous(k), *history).equal(uncond[k - 1])
-        torch.testing.assert_close(linear_ag.predict(linear_ag.shifted(k), *history), cond[k] + uncond[k - 1] - cond[k - 1])
-
-
-def test_memory_does_not_grow_with_trajectories_and_batches_do_not_matter(linear_ag):
-    together, apart = linear_ag.Gram(4), linear_ag.Gram(4)
-    cond, uncond = scores(4, batch=5)
-    together.add(cond, uncond)
-    for rows in (slice(0, 2), slice(2, 5)):
-        apart.add([c[rows] for c in cond], [u[rows] for u in uncond])
-    assert together.matrix.shape == apart.matrix.shape == (8, 8) and together.matrix.dtype == torch.float64
-    torch.testing.assert_close(together.matrix, apart.matrix)
-    assert together.trajectories == apart.trajectories == 5
-
-
-def test_large_latents_are_added_in_parts(linear_ag, monkeypatch):
-    whole, parts = linear_ag.Gram(3), linear_ag.Gram(3)
-    whole.add(*scores(3))
-    monkeypatch.setattr(linear_ag.Gram, "_CHUNK", 50)
-    parts.add(*scores(3))
-    torch.testing.assert_close(whole.matrix, parts.matrix)
-
-
-def test_synthetic_data_are_predicted_exactly(linear_ag):
-    """u_k = A c_k + B u_{k-1}: predictions are compared, since coefficients are not unique."""
-    cond, uncond = scores(10)
-    for k in range(1, 10):
-        uncond[k] = A * cond[k] + B * uncond[k - 1]
-    gram = linear_ag.Gram(10)
-    gram.add(cond, uncond)
-    for k in linear_ag.replaced_steps(10):
-        predicted = linear_ag.predict(gram.solve(k), cond[: k + 1], uncond[:k])
-        torch.testing.assert_close(predicted, uncond[k], rtol=1e-4, atol=1e-5)
-        assert gram.r2(k, gram.solve(k)) > 1 - 1e-10
-
-
-def test_the_replaced_steps(linear_ag):
-    assert linear_ag.replaced_steps(20) == (1, 3, 5, 7, 9)
-    assert linear_ag.replaced_steps(10) == (1, 3)
-    assert linear_ag.replaced_steps(4) == (1,) and linear_ag.replaced_steps(3) == ()
-
-
-def test_incomplete_trajectories_are_refused(linear_ag):
-    cond, uncond = scores(4)
-    with pytest.raises(ValueError, match="5 predictions"):
-        linear_ag.Gram(5).add(cond, uncond)
-
-
-def test_scores_and_back(linear_ag):
-    x, d, sigma = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3), torch.tensor([2.0, 0.3])
-    torch.testing.assert_close(linear_ag.denoised(x, linear_ag.score(x, d, sigma), sigma), d)
-    torch.testing.assert_close(linear_ag.score(x, d, sigma)[1], (x[1] - d[1]) / 0.3)
-
-
-# --- on the host -----------------------------------------------------------------------------------------------------
-
 STEPS, CFG = 8, 4.0
 
 
 def runs(model, **changes):
     """What a fit samples: three rows of a tiny model."""
-    import tools
-
-    from lodestar.guiders.learning.runs import Runs
-
     sigmas = tools.comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", changes.pop("steps", STEPS))
     settings = {
         "positive": [tools.cond(1)], "negative": tools.cond(2), "latent": {"samples": tools.empty_latent(model, batch=3)},
@@ -145,41 +37,29 @@ def runs(model, **changes):
 
 def fitted(model, trajectories: int = 6, **changes):
     """Coefficients of a tiny model."""
-    from lodestar.guiders.policies.linear_ag.fit import fit
-
     with torch.inference_mode():
         return fit(runs(model, **changes), trajectories)
 
 
 def applied(model, coefficients, **more):
     """The model with LinearAG."""
-    import tools
-
-    from lodestar.guiders.policies.linear_ag.rule import LinearAG
-
     return tools.guided(model, LinearAG(coefficients=coefficients, **more))
 
 
 def sample(model, **more):
     """The run that the coefficients are for."""
-    import tools
-
     return tools.sample(model, **{"steps": STEPS, "cfg": CFG, "sampler": "euler", "scheduler": "normal", **more})
 
 
 @pytest.fixture(scope="module", params=["unet", "unet_v", "mmdit"])
 def tiny(request, host):
     """A tiny model with its coefficients."""
-    import tools
-
     model = tools.tiny(request.param)
     return SimpleNamespace(model=model, coefficients=fitted(model), kind=request.param)
 
 
 def synthetic(kind: str = "unet"):
     """A model whose scores obey u_k = A c_k + B u_{k-1}, whatever is asked for, c_k a function of x and sigma; and what was asked for."""
-    import tools
-
     state, asked = {}, []
 
     def network(apply_model, args):
@@ -206,8 +86,6 @@ def synthetic(kind: str = "unet"):
 @pytest.mark.parametrize("kind", ["unet", "mmdit"])
 def test_a_linear_model_recovers_cfg(host, kind):
     """Predicted steps included, sampling is CFG up to rounding, with fewer evaluations."""
-    import tools
-
     model, asked = synthetic(kind)
     coefficients = fitted(model, trajectories=3)
     assert min(r2[0] for r2 in coefficients.r2.values()) > 1 - 1e-9
@@ -221,17 +99,12 @@ def test_a_linear_model_recovers_cfg(host, kind):
 
 def test_the_training_r2_is_at_least_that_of_trivial_predictors(tiny):
     assert list(tiny.coefficients.betas) == [1, 3]
-    for fit, *trivial in tiny.coefficients.r2.values():
-        assert 1 >= fit >= max(trivial)
+    for fitted_r2, *trivial in tiny.coefficients.r2.values():
+        assert 1 >= fitted_r2 >= max(trivial)
 
 
 def test_the_fit_sees_what_the_host_predicts(tiny):
     """The Gram matrix of one trajectory, from a run of the host with a hook instead of the engine."""
-    import tools
-
-    from lodestar.guiders.policies.linear_ag.coefficients import Coefficients
-    from lodestar.guiders.policies.linear_ag.regression import Gram, score
-
     seen = ([], [])
 
     def hook(args):
@@ -252,8 +125,6 @@ def test_the_fit_sees_what_the_host_predicts(tiny):
 
 def test_25_of_40_evaluations(host):
     """T = 20: five steps with two, five predicted ones and ten conditional ones."""
-    import tools
-
     model = tools.tiny("unet")
     guided = applied(model, fitted(model, trajectories=1, steps=20))
     with tools.counted(model) as rows:
@@ -263,8 +134,6 @@ def test_25_of_40_evaluations(host):
 
 def test_evaluated_steps_are_cfg_and_the_second_half_is_conditional(tiny):
     """The weights and predictions that the host's CFG sees."""
-    import tools
-
     seen = []
     guided = applied(tiny.model, tiny.coefficients)
     guided.set_model_sampler_post_cfg_function(
@@ -282,10 +151,6 @@ def test_evaluated_steps_are_cfg_and_the_second_half_is_conditional(tiny):
 
 def test_without_replaced_steps_it_is_cfg(tiny):
     """And with the second half left to others it is what they are: here plain CFG, bit by bit."""
-    from dataclasses import replace
-
-    import tools
-
     nothing = replace(tiny.coefficients, betas={}, r2={})
     assert sample(applied(tiny.model, nothing, second_half="cfg")).equal(sample(tiny.model))
     half = applied(tiny.model, nothing)
@@ -296,12 +161,6 @@ def test_without_replaced_steps_it_is_cfg(tiny):
 @pytest.mark.parametrize("threshold", [-1.0, 0.9, 1.01])
 def test_with_adaptive_guidance(tiny, threshold):
     """Without replaced steps it is AG; with them, AG's criterion ends CFG, and what it leaves is predicted all the same."""
-    from dataclasses import replace
-
-    import tools
-
-    from lodestar.guiders.policies.adaptive import AdaptiveGuidance
-
     rule = AdaptiveGuidance(threshold=threshold)
     alone = tools.guided(tiny.model, rule)
     nothing = replace(tiny.coefficients, betas={}, r2={})
@@ -327,13 +186,10 @@ def test_two_runs_are_equal_and_so_are_fits(tiny):
 @pytest.mark.parametrize("moment", [3, 11])
 def test_interrupted_fits_and_runs_leave_nothing(host, moment):
     """In the middle of a run; the next one is as if nothing had been."""
-    import comfy.model_management as management
-    import tools
-
     model = tools.tiny("unet")
     before = fitted(model)
     stopping, calls = tools.interrupted_at(model, moment)
-    with pytest.raises(management.InterruptProcessingException):
+    with pytest.raises(tools.comfy.model_management.InterruptProcessingException):
         fitted(stopping)
     assert len(calls) == moment
     assert fitted(model).hash == before.hash
@@ -347,8 +203,6 @@ def test_interrupted_fits_and_runs_leave_nothing(host, moment):
 
 
 def test_prompts_take_turns_and_the_last_batch_is_cut(host):
-    import tools
-
     model = tools.tiny("unet")
     with tools.counted(model) as rows:
         coefficients = fitted(model, trajectories=7, positive=[tools.cond(1), tools.cond(3)])
@@ -368,8 +222,6 @@ def test_prompts_take_turns_and_the_last_batch_is_cut(host):
     ],
 )
 def test_another_setting_is_refused_by_name(host, change, words):
-    import tools
-
     model = tools.tiny("unet")
     guided = applied(model, fitted(model, trajectories=1))
     if "negative" in change:
@@ -380,8 +232,6 @@ def test_another_setting_is_refused_by_name(host, change, words):
 
 
 def test_another_model_is_refused(host):
-    import tools
-
     coefficients = fitted(tools.tiny("unet"), trajectories=1)
     with pytest.raises(ValueError, match=r"made for the model UNetModel [0-9a-f]{12}, not UNetModel [0-9a-f]{12}\.$"):
         sample(applied(tools.tiny("unet", seed=1), coefficients))
@@ -391,10 +241,6 @@ def test_another_model_is_refused(host):
 
 def test_a_lora_makes_another_model(host):
     """Whether or not it has been worked into the weights of a loaded model."""
-    import tools
-
-    from lodestar.guiders.learning.recognition import model_id
-
     model = tools.tiny("unet")
     plain = model_id(model)
     key = "diffusion_model.input_blocks.0.0.weight"
@@ -407,8 +253,6 @@ def test_a_lora_makes_another_model(host):
 
 
 def test_a_little_difference_in_the_encoding_is_the_same_prompt(host):
-    import tools
-
     model = tools.tiny("unet")
     negative = tools.cond(2)
     guided = applied(model, fitted(model, trajectories=1, negative=negative))
@@ -417,20 +261,16 @@ def test_a_little_difference_in_the_encoding_is_the_same_prompt(host):
 
 
 def test_samplers_that_evaluate_twice_or_read_uncond_are_refused(host):
-    import tools
-
     object_ = tools.comfy.samplers.sampler_object
     model = tools.tiny("unet")
     with pytest.raises(ValueError, match=r"^LinearAG: fit needs a sampler that evaluates the model once per step"):
         fitted(model, sampler=object_("heun"))
-    with pytest.raises(ValueError, match=r"^LinearAG: fit cannot use the sampler euler_cfg_pp"):
+    with pytest.raises(ValueError, match=r"^LinearAG: fit cannot work with the sampler euler_cfg_pp"):
         fitted(model, sampler=object_("euler_cfg_pp"))
 
 
 @pytest.mark.parametrize("name", ["dpmpp_2m", "euler_ancestral", "ddim", "lms", "dpmpp_2m_sde"])
 def test_every_sampler_with_one_evaluation_works(host, name):
-    import tools
-
     model = tools.tiny("unet")
     guided = applied(model, fitted(model, trajectories=3, sampler=tools.comfy.samplers.sampler_object(name)))
     assert sample(guided, sampler=name).isfinite().all()
@@ -438,10 +278,6 @@ def test_every_sampler_with_one_evaluation_works(host, name):
 
 
 def test_runs_that_nothing_can_be_learnt_from(host):
-    import tools
-
-    from lodestar.guiders.policies.interval import GuidanceInterval
-
     model = tools.tiny("unet")
     with pytest.raises(ValueError, match="at least 4 steps; these sigmas have 3"):
         fitted(model, steps=3)
@@ -453,11 +289,6 @@ def test_runs_that_nothing_can_be_learnt_from(host):
 
 def test_it_combines_with_other_rules(host):
     """PAG's branch is evaluated at every step; APG shapes the predicted update too; an interval leaves its steps unguided."""
-    import tools
-
-    from lodestar.guiders.policies.interval import GuidanceInterval
-    from lodestar.guiders.shapers.apg import APG
-
     model = tools.tiny("unet")
     coefficients = fitted(model)
     with_pag = tools.guided(applied(model, coefficients), tools.pag(model))
@@ -470,8 +301,6 @@ def test_it_combines_with_other_rules(host):
 
 
 def test_rows_do_not_depend_on_their_batch(tiny):
-    import tools
-
     guided = applied(tiny.model, tiny.coefficients)
     latent = tools.empty_latent(tiny.model, batch=3)
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(3))
@@ -490,8 +319,6 @@ def test_rows_do_not_depend_on_their_batch(tiny):
 
 
 def test_a_file_brings_everything_back(tiny, tmp_path):
-    from lodestar.guiders.policies.linear_ag.coefficients import Coefficients
-
     path = tmp_path / "a.safetensors"
     tiny.coefficients.save(path)
     loaded = Coefficients.load(path)
@@ -502,10 +329,6 @@ def test_a_file_brings_everything_back(tiny, tmp_path):
 
 
 def test_other_files_are_refused(tiny, tmp_path):
-    from safetensors.torch import load_file, safe_open, save_file
-
-    from lodestar.guiders.policies.linear_ag.coefficients import Coefficients
-
     path = tmp_path / "a.safetensors"
     path.write_bytes(b"\x80\x04pickle")
     with pytest.raises(ValueError, match=r"a\.safetensors is not a safetensors file"):
@@ -530,9 +353,8 @@ def test_other_files_are_refused(tiny, tmp_path):
 
 def test_the_nodes_save_and_load(tiny):
     """In the host's folder, never over another file, and nowhere else."""
-    from lodestar.nodes.policies.linear_ag import LodestarLinearAG, LodestarLoadCoefficients, LodestarSaveCoefficients
-
-    names = [LodestarSaveCoefficients.execute(tiny.coefficients, f"tests/{tiny.kind}").args[0] for _ in range(2)]
+    save = {"coefficients": tiny.coefficients, "filename_prefix": f"tests/{tiny.kind}"}
+    names = [LodestarSaveCoefficients.execute(**save).args[0] for _ in range(2)]
     assert len(set(names)) == 2
     (file,) = (entry for entry in LodestarLoadCoefficients.define_schema().inputs if entry.id == "file")
     assert set(names) <= set(file.options)
@@ -540,17 +362,13 @@ def test_the_nodes_save_and_load(tiny):
     assert loaded.hash == tiny.coefficients.hash and loaded.hash in report and "NFE instead of" in report
     fingerprint = LodestarLoadCoefficients.fingerprint_inputs(names[0])
     assert fingerprint == LodestarLoadCoefficients.fingerprint_inputs(names[0])
-    assert sample(LodestarLinearAG.execute(tiny.model, loaded).args[0]).isfinite().all()
+    assert sample(LodestarLinearAG.execute(tiny.model, coefficients=loaded).args[0]).isfinite().all()
     for bad in ("../x", "/tmp/x"):
         with pytest.raises(ValueError, match="leads out of models/guidance"):
-            LodestarSaveCoefficients.execute(tiny.coefficients, bad)
+            LodestarSaveCoefficients.execute(**save | {"filename_prefix": bad})
 
 
 def test_the_fit_node_takes_lists(host):
-    import tools
-
-    from lodestar.nodes.policies.linear_ag import LodestarLinearAGFit
-
     model = tools.tiny("unet")
     these = runs(model)
     inputs = {

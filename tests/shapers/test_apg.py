@@ -240,13 +240,13 @@ def test_every_evaluation_of_a_run_equals_the_listing_on_denoised_predictions(ho
     steps = set()
 
     def check(args: dict) -> Tensor:
-        run = run_of(args["model_options"])
+        step = run_of(args["model_options"]).evaluation.index
         for i in range(2):
-            buffer = buffers.get((i, run.index - 1))
+            buffer = buffers.get((i, step - 1))
             expected, after = listing(args["cond_denoised"][i], args["uncond_denoised"][i], 4.0, 0.0, 3.0, -0.5, buffer)
-            buffers.setdefault((i, run.index), after)  # of a step's stages the first counts
+            buffers.setdefault((i, step), after)  # of a step's stages the first counts
             torch.testing.assert_close(args["denoised"][i].double(), expected, rtol=1e-4, atol=1e-4)
-        steps.add(run.index)
+        steps.add(step)
         return args["denoised"]
 
     model = attach(tools.tiny(kind), rule(0.0, 3.0, -0.5))

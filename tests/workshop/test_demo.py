@@ -188,7 +188,7 @@ def test_autoguidance_without_a_weak_checkpoint():
     prompt = {"1": {"class_type": "LodestarDemoModel", "inputs": {"model": "unet", "strength": "weak"}}}
     with pytest.raises(api.PromptError, match="--weak FILE"):
         compare.use_checkpoint(prompt, settings)
-    skipped = compare.Result(compare.COLUMNS[-1], problem=compare.NEEDS_WEAK)
+    skipped = compare.Result(compare.METHODS[-1], problem=compare.NEEDS_WEAK)
     assert "--weak FILE" in compare.as_table([skipped], settings)
 
 

@@ -6,8 +6,8 @@ from lodestar.demo.models import MODELS
 
 from ..cells import Cell, guided, node
 from ..claims import Claim, Results
+from ..method import Curve, Method, cfg
 from ..metrics import ACCURACY, FRECHET, similarity_to
-from . import Curve, Method, cfg
 
 SCALE, STEPS = 4.0, 20
 THRESHOLD = 0.998  # between 28 and 30 of 40 evaluations: see bench gamma

@@ -6,8 +6,8 @@ from lodestar.demo.models import MODELS
 
 from ..cells import guided, node
 from ..claims import Claim, Results
+from ..method import Curve, Method, cells_of, cfg, cfg_sweep
 from ..metrics import ACCURACY, CONTRAST, FRECHET, RECALL, SATURATION
-from . import Curve, Method, cells_of, cfg, cfg_sweep
 
 SCALES = (2.8, 4.0, 5.6, 8.0)
 THRESHOLD = 1.0  # of the norm: these latents are a small fraction of SDXL's, for which the paper has 15

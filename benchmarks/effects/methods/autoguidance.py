@@ -6,8 +6,8 @@ from lodestar.demo.models import MODELS
 
 from ..cells import WEAK, guided, node
 from ..claims import Claim, Results
+from ..method import Curve, Method, cells_of, cfg, cfg_sweep
 from ..metrics import ACCURACY, DIVERSITY, FRECHET, PRECISION, RECALL
-from . import Curve, Method, cells_of, cfg, cfg_sweep
 
 SCALES = (1.2, 1.4, 2.0)
 WHY = (

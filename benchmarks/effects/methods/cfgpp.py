@@ -14,8 +14,8 @@ from lodestar.guiders.cfgpp.sampler import cfgpp_sampler
 
 from ..cells import Batch, Cell
 from ..claims import Claim, Results
+from ..method import Curve, Method, cells_of, cfg, cfg_sweep
 from ..metrics import ACCURACY, FRECHET, PRECISION, Metric, mean_of
-from . import Curve, Method, cells_of, cfg, cfg_sweep
 
 SCALES = (1.4, 2.0, 2.8, 4.0, 5.6)  # of CFG; lambda is what is worth as much
 STEPS, HIGH = 20, 5.6

@@ -20,8 +20,8 @@ from lodestar.guiders.shapers.frequency import low_pass
 
 from ..cells import Batch, Cell
 from ..claims import Claim, Results
+from ..method import Curve, Method
 from ..metrics import ACCURACY, FRECHET, Metric, Moments, OfRows, Pictures, frechet_distance, mean_of
-from . import Curve, Method
 
 CFG, HIGH = 4.0, 8.0  # w_l and w_h; pixels want less of w_h than the latents of the paper
 END = {"unet": 0.572, "mmdit": 0.3}

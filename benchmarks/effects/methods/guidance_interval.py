@@ -6,8 +6,8 @@ from lodestar.demo.models import MODELS
 
 from ..cells import guided, node
 from ..claims import Claim, Results
+from ..method import Curve, Method, cells_of, cfg, cfg_sweep
 from ..metrics import FRECHET, RECALL
-from . import Curve, Method, cells_of, cfg, cfg_sweep
 
 SCALES = (2.0, 2.8, 4.0, 5.6)
 WINDOWS = ((0.2, 0.8), (0.4, 1.0))  # shares of the schedule

@@ -13,8 +13,8 @@ from lodestar.nodes.policies.guidance_policy import LodestarGuidancePolicy
 
 from ..cells import Batch, Cell
 from ..claims import Claim, Results
+from ..method import Curve, Method, cfg
 from ..metrics import ACCURACY, FRECHET, similarity_to
-from . import Curve, Method, cfg
 from .adaptive_guidance import SCALE, STEPS, adaptive, step_ag
 from .linear_ag import runs_to_learn_from, with_model
 

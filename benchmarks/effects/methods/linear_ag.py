@@ -20,8 +20,8 @@ from lodestar.nodes.policies.linear_ag import LodestarLinearAG
 
 from ..cells import Batch, Cell
 from ..claims import Claim, Results
+from ..method import Curve, Method, cfg
 from ..metrics import ACCURACY, FRECHET, similarity_to
-from . import Curve, Method, cfg
 from .adaptive_guidance import SCALE, STEPS, WHY, adaptive, fewer_steps, step_ag
 
 NFE = 25
@@ -32,7 +32,7 @@ AG_THRESHOLD = 0.991  # about NFE evaluations with both models: see benchmarks/g
 def linear(batch: Batch, *, model: str, cfg: float, steps: int) -> Tensor:
     """Pictures [B, 3, H, W] in [0, 1] by KSampler with LinearAG, fitted on other captions and other noise."""
     fitted = coefficients(model=model, cfg=cfg, steps=steps)
-    return with_model(batch, LodestarLinearAG.execute(batch.model(model), fitted).result[0], model, cfg, steps)
+    return with_model(batch, LodestarLinearAG.execute(batch.model(model), coefficients=fitted).result[0], model, cfg, steps)
 
 
 def with_model(batch: Batch, patcher: Any, model: str, cfg: float, steps: int) -> Tensor:

@@ -6,8 +6,8 @@ from lodestar.demo.models import MODELS
 
 from ..cells import Cell, guided, node
 from ..claims import Claim, Results
+from ..method import Curve, Method, cells_of, cfg
 from ..metrics import FRECHET, PRECISION, RECALL, Metric
-from . import Curve, Method, cells_of, cfg
 
 SCALES = (0.5, 1.0, 2.0, 3.0)
 LAYERS = {"unet": "output:1", "mmdit": "double:1"}  # the best of each model; its middle block hardly matters to the unet

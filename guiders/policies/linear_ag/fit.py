@@ -1,7 +1,7 @@
-"""Fitting LinearAG: CFG trajectories, of which nothing is kept but their inner products. Castillo et al., AAAI 2025, arXiv 2312.12487.
+"""Fitting LinearAG to CFG trajectories, of which only their inner products are kept. Castillo et al., AAAI 2025, arXiv 2312.12487.
 
-Steps are regressed on what CFG really evaluated, while sampling feeds predictions of earlier steps back in. Fitting each step on runs
-that already use the steps before it takes a set of trajectories for each of them, and gained little (see the help page).
+Every step is regressed on what CFG evaluated. While sampling, predictions of earlier steps take the place of some of that. Fitting each
+step on runs that already use the steps before it needs new trajectories for every step, and gained little (see the help page).
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Trajectory:
         self.uncond: list[Tensor] = []
         self.progress = progress
 
-    def see(self, cond: Tensor, uncond: Tensor) -> None:
-        """Take the scores of the next step."""
+    def add(self, cond: Tensor, uncond: Tensor) -> None:
+        """Keep the scores of the next step."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         self.cond.append(cond)
         self.uncond.append(uncond)
@@ -48,6 +48,7 @@ class Recorder(Policy):
     """Hands the scores of plain CFG to a trajectory."""
 
     name: ClassVar[str] = NAME
+    short: ClassVar[str] = "LinearAG"
     trajectory: Trajectory
 
     @property
@@ -63,7 +64,7 @@ class Recorder(Policy):
         """Once per step. Raises ValueError in the first step of a sampler that evaluates more often."""
         if not step.first:
             raise ValueError(f"{NAME} needs a sampler that evaluates the model once per step, such as euler, dpmpp_2m or ddim.")
-        self.trajectory.see(score(x, cond, sigma), score(x, uncond, sigma))
+        self.trajectory.add(score(x, cond, sigma), score(x, uncond, sigma))
 
 
 def fit(runs: Runs, trajectories: int) -> Coefficients:

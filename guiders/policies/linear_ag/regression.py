@@ -34,12 +34,13 @@ def denoised(x: Tensor, score: Tensor, sigma: Tensor) -> Tensor:
 
 
 class Gram:
-    """Inner products of c_0..c_{T-1}, u_0..u_{T-1}, summed over trajectories: all that the regression needs, [2T, 2T] in float64."""
+    """Inner products of c_0..c_{T-1}, u_0..u_{T-1}, summed over trajectories: all that the regression needs, [2T, 2T] in float64.
 
-    _CHUNK = 1 << 18  # elements of a prediction that are in float64 at a time
+    chunk: elements of a prediction that are in float64 at a time.
+    """
 
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
+    def __init__(self, steps: int, chunk: int = 1 << 18) -> None:
+        self.steps, self.chunk = steps, chunk
         self.matrix = torch.zeros(2 * steps, 2 * steps, dtype=torch.float64)
         self.trajectories = 0
 
@@ -48,7 +49,7 @@ class Gram:
         if len(cond) != self.steps or len(uncond) != self.steps:
             raise ValueError(f"a trajectory has {self.steps} predictions of each kind, not {len(cond)} and {len(uncond)}")
         rows = [prediction.detach().flatten().cpu() for prediction in (*cond, *uncond)]
-        for parts in zip(*(row.split(self._CHUNK) for row in rows), strict=True):
+        for parts in zip(*(row.split(self.chunk) for row in rows), strict=True):
             part = torch.stack(parts).double()
             self.matrix += part @ part.T
         self.trajectories += len(cond[0])

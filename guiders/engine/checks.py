@@ -1,0 +1,69 @@
+"""Refusals: what cannot work is said in one sentence, before sampling starts.
+
+``check_start`` is the list that the engine goes through at the start of a run, and Compare Guidance before its first run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .host import cfg_slot_owner, combines_itself, is_dual_cfg, reads_uncond
+from .plan import GuidancePlan, Policy, Rule, Shaper
+from .start import Start
+
+
+def check_start(plan: GuidancePlan, start: Start) -> None:
+    """Raise ValueError for the first thing because of which the plan cannot work in this sampling call."""
+    shapers = [rule for _, rule in plan.active(Shaper)]
+    policies = [rule for _, rule in plan.active(Policy)]
+    if not is_dual_cfg(start.guider):  # its combination is made of the host's CFG function
+        for rule in (*shapers, *policies):
+            refuse_own_combination(rule.name, start.guider)
+    for rule in (*policies, *shapers):
+        rule.check(start)
+    for rule in shapers:
+        refuse_foreign_cfg(rule.name, start.guider.model_options)
+
+
+def check_attached(plan: GuidancePlan, rule: Rule, model_options: Mapping[str, Any]) -> None:
+    """Raise ValueError where a rule cannot be added to the plan of a model with these options."""
+    if rule.neutral:
+        return
+    if isinstance(rule, Shaper):
+        refuse_foreign_cfg(rule.name, model_options)
+    for _, other in plan.active(Policy):
+        if isinstance(rule, Policy) and rule.claims and other.claims == rule.claims:
+            raise ValueError(f"{other.name} and {rule.name} both decide {rule.claims}; bypass one of the two nodes.")
+
+
+def refuse_foreign_cfg(name: str, model_options: Mapping[str, Any]) -> None:
+    """Raise ValueError where another pack has claimed the CFG slot, which ``name`` needs."""
+    owner = cfg_slot_owner(model_options)
+    if owner is not None:
+        raise ValueError(f"{name} and {owner} both replace the CFG combination; bypass one of the two nodes.")
+
+
+def refuse_own_combination(name: str, guider: Any) -> None:
+    """Raise ValueError for guiders that would drop what ``name`` does to the combination."""
+    if combines_itself(guider):
+        raise ValueError(
+            f"{name} cannot work with {type(guider).__name__}: that guider combines the predictions itself. Use a CFGGuider instead, "
+            f"or bypass {name}."
+        )
+
+
+def refuse_dual_cfg(name: str, guider: Any) -> None:
+    """Raise ValueError for guiders with two weights."""
+    if is_dual_cfg(guider):
+        raise ValueError(f"{name} takes one negative prompt and one cfg; use KSampler or CFGGuider instead of DualCFGGuider.")
+
+
+def refuse_uncond_readers(name: str, sampler: Any) -> None:
+    """Raise ValueError for samplers that use D_u themselves (CFG++), where ``name`` leaves D_u out or imitates it."""
+    reader = reads_uncond(sampler)
+    if reader is not None:
+        raise ValueError(
+            f"{name} cannot work with the sampler {reader}: its steps use the unconditional prediction and need it at every step. "
+            f"Choose a sampler that is not CFG++, or bypass {name}."
+        )

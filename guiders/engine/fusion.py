@@ -1,0 +1,129 @@
+"""The host's evaluation of the sampler's conds, with the branches that terms need in the same call.
+
+Three steps: which lists of conds are left out, the call, and completion: the policies see the predictions, and what was left out is
+filled in.
+
+The branches' lists go in front of the host's own. The host fills a batch from the last list to the first, so that their rows come last,
+and the first row labelled cond, the first uuid and so on are what they would be without us.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from .branches import branch_conds, with_control_views
+from .choice import Choice
+from .evaluation import FusedCall
+from .host import is_dual_cfg
+from .rows import replace_rows
+from .run import Run
+
+Calc = Callable[[list, Tensor, Tensor, dict[str, Any]], list[Tensor]]
+
+
+def evaluate(run: Run, calc: Calc, lists: list, x: Tensor, timestep: Tensor, options: dict[str, Any]) -> list[Tensor]:
+    """The host's evaluation ``calc`` of its lists of conds, and of what this evaluation needs besides; returns the host's part alone."""
+    positive = run.guider.conds.get("positive")
+    index = next((i for i, conds in enumerate(lists) if conds is not None and conds is positive), None)
+    if index is None or run.evaluation.served:  # not the sampler's own evaluation, or another one after it
+        return calc(lists, x, timestep, options)
+    run.evaluation.served = True
+    asked = _leave_out(run, lists, index, options)
+    out = _call(run, calc, asked, x, timestep, options)
+    _complete(run, asked, out, x, timestep)
+    return out
+
+
+class WindowedBranches:
+    """A context-window handler with our branches in its calls, so that they are windowed and blended like the rest."""
+
+    def __init__(self, handler: Any, run: Run) -> None:
+        self.handler, self.run = handler, run
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.handler, name)
+
+    def execute(self, calc: Callable, model: Any, conds: list, x: Tensor, timestep: Tensor, options: dict[str, Any], **kwargs: Any) -> list:
+        """The handler's own call with the branches among its conds."""
+        inner = partial(self.handler.execute, calc, model)
+        return evaluate(self.run, partial(inner, **kwargs), conds, x, timestep, options)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The lists of conds that the sampler asks for, None in place of those that are left out.
+
+    positive: the index of the positive list. others: those of the rest, left out or not; the first one is the unconditional.
+    uncond_alone: whether the positive list is left out.
+    """
+
+    lists: list
+    positive: int
+    others: list[int]
+    uncond_alone: bool
+
+
+def _leave_out(run: Run, lists: list, positive: int, options: dict[str, Any]) -> _Asked:
+    """Which lists the policies' choice needs, and the count of what it saves."""
+    choice = run.evaluation.choice
+    lists = _without_weightless(run, lists, options)
+    others = [i for i, conds in enumerate(lists) if conds is not None and i != positive]
+    uncond_alone = bool(others) and choice == Choice(weight=0) and not run.evaluation.branches
+    left_out = [positive] if uncond_alone else [] if choice.evaluated else others
+    if run.evaluation.at_weight_1 and not others:
+        run.count_saved(len(run.guider.conds) - 1, False)
+    run.count_saved(1 if uncond_alone else len(others), not uncond_alone and choice.evaluated)
+    return _Asked([None if i in left_out else conds for i, conds in enumerate(lists)], positive, others, uncond_alone)
+
+
+def _without_weightless(run: Run, lists: list, options: dict[str, Any]) -> list:
+    """Drop the lists of a dual-CFG guider whose weights a policy has set to 1; the host itself drops only some of them."""
+    if not run.policies or not is_dual_cfg(run.guider) or options.get("disable_cfg1_optimization"):
+        return lists
+    if run.guider.cfg1 != 1.0 or run.guider.cfg2 != 1.0:
+        return lists
+    return [conds if conds is run.guider.conds["positive"] else None for conds in lists]
+
+
+def _call(run: Run, calc: Calc, asked: _Asked, x: Tensor, timestep: Tensor, options: dict[str, Any]) -> list[Tensor]:
+    """Evaluate; the branches' predictions and D_c go into the Evaluation, the host's part is returned."""
+    evaluation, choice = run.evaluation, run.evaluation.choice
+    own = tuple(branch for branch in evaluation.branches if branch.model is None)
+    rows = (choice.terms,) * len(own) + tuple(i == asked.positive or choice.evaluated for i in range(len(asked.lists)))
+    call, lists = FusedCall(own, asked.positive, rows), asked.lists
+    if own:
+        positive = run.guider.conds["positive"]
+        lists = with_control_views([*(branch_conds(positive, branch) for branch in own), *lists], call.host_labels)
+    with evaluation.calling(call):
+        out = calc(lists, x, timestep, options)
+    extra, out = out[: len(own)], out[len(own) :]
+    if asked.uncond_alone:
+        out[asked.positive] = out[asked.others[0]].clone()
+    evaluation.cond, evaluation.others = out[asked.positive], dict(zip(own, extra, strict=True))
+    for branch in evaluation.branches:
+        if branch.model is not None:
+            evaluation.others[branch] = run.weak_models[branch.model].predict(x, timestep, choice.terms)
+    return out
+
+
+def _complete(run: Run, asked: _Asked, out: list[Tensor], x: Tensor, timestep: Tensor) -> None:
+    """Show the policies what was evaluated, and fill in what was not: a prediction, or D_c where there is no guidance."""
+    evaluation, others = run.evaluation, asked.others
+    evaluated = evaluation.choice.evaluated
+    for i in others:
+        out[i] = replace_rows(out[i], evaluated, evaluation.cond)
+    cond = None if asked.uncond_alone else evaluation.cond
+    uncond = out[others[0]] if others and evaluated else None
+    run.record_predictions(cond, uncond)
+    predictors = [index for index, choice in evaluation.choices.items() if choice.predicted]
+    for index, policy in run.policies:
+        run.narrow(index, policy.observe(cond, uncond, x, timestep, run.step_of(index)))
+    for i in others:
+        for index in predictors:
+            out[i] = run.plan.rules[index].predict(evaluation.cond, x, timestep, run.step_of(index))
+        out[i] = replace_rows(out[i], evaluation.choice.uncond, evaluation.cond)
