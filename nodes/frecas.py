@@ -7,9 +7,9 @@ from typing import Any
 import comfy.samplers
 from comfy_api.latest import io
 
-from ..guiders.frecas.cascade import Cascade, begin, transition
+from ..guiders.frecas.cascade import Cascade
 from ..guiders.frecas.stages import NAME, Stage
-from ..guiders.frecas.transition import RESIZES
+from ..guiders.frecas.transition import RESIZES, advance, begin
 from .schema import HIDDEN, graph_id
 
 CATEGORY = "lodestar/sampling"
@@ -153,5 +153,7 @@ class LodestarStageTransition(io.ComfyNode):
         """Begin the first stage, or the next one."""
         target = Stage(width, height, steps, end)
         if denoised is None and sigmas is None:
-            return io.NodeOutput(*begin(model, vae, target, scheduler, seed, batch_size))
-        return io.NodeOutput(*transition(model, vae, target, scheduler, seed, stage, gamma, resize, denoised, sigmas))
+            start = begin(model, vae, target, scheduler, seed, batch_size)
+        else:
+            start = advance(model, vae, target, scheduler, seed, stage, gamma, resize, denoised, sigmas)
+        return io.NodeOutput({"samples": start.latent}, start.sigmas, start.seed)

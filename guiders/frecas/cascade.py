@@ -19,14 +19,15 @@ from torch import Tensor
 
 from ..engine.attach import attach
 from ..engine.keys import TELEMETRY
-from ..engine.log import joined, last_log, publish
+from ..engine.log import RunLog, joined, last_log, publish
 from ..engine.plan import plan_of
 from ..engine.telemetry import of_cascade
 from ..shapers.frequency import FrequencyGuidance
-from .levels import shift_level, stage_sigmas
-from .maps import Maps, with_maps
-from .stages import NAME, Stage, check_size, preset_of, ratio, read_stages, size_multiple
-from .transition import decode, encode, enlarge, renoise, rescale_conditioning, resize, stage_noise, stage_seed
+from .levels import first_sigmas, next_sigmas
+from .map_patches import with_maps
+from .maps import Maps
+from .stages import NAME, Stage, gamma_of, ratio, read_stages
+from .transition import StageStart, decode, empty_latent, encode, first_start, next_start, rescale_conditioning, resize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,23 +69,18 @@ class Cascade:
         if latent["samples"].is_nested:
             raise ValueError(f"{NAME} works on pictures and videos; this latent packs several parts.")
         maps = [Maps() for _ in self.stages]
-        models = [self._guided(index, maps) for index in range(len(self.stages))]
-        watch = of_cascade(self.node, self.stages)
-        for model in models if watch is not None else ():
-            model.model_options["transformer_options"][TELEMETRY] = watch
-        schedules = self.schedules()
+        models, schedules = self._models(maps), self.schedules()
+        known = _Known(self.vae, latent, self.resize)
         preview = _Preview(self.model, [stage.steps for stage in self.stages])
-        known, results, logs = _Known(self.vae, latent, self.resize), [], []
+        results: list[Tensor] = []
+        logs: list[RunLog] = []
         try:
             for index, (model, sigmas) in enumerate(zip(models, schedules, strict=True)):
-                noise_for = partial(stage_noise, seed=seed, stage=index, batch_index=latent.get("batch_index"))
-                clean, noise = self._start(index, known, results, sigmas[0], noise_for)
-                guider, solver = self._guider(index, model, positive, negative), comfy.samplers.sampler_object(self.sampler)
-                quiet = not comfy.utils.PROGRESS_BAR_ENABLED
-                final = guider.sample(noise, clean, solver, sigmas, known.mask, preview.of(index), quiet, stage_seed(seed, index))
+                start = self._start(index, known, results, sigmas, seed)
+                final = self._sampled(self._guider(index, model, positive, negative), start, known, preview.of(index))
                 logs.append(last_log(plan_of(model.model_options)))  # stages may share a plan
                 last = index == len(self.stages) - 1  # in all others the solver's last update is discarded
-                results.append(_on_hand(final if last else model.model.process_latent_out(preview.denoised.cpu())))
+                results.append(_between_nodes(final if last else model.model.process_latent_out(preview.denoised.cpu())))
                 if index:
                     maps[index - 1].clear()
         finally:  # the host may hold on to a stage's model
@@ -95,19 +91,19 @@ class Cascade:
             publish(plan, joined(logs))
         return [{"samples": result} for result in results]
 
-    def _start(
-        self, index: int, known: _Known, results: Sequence[Tensor], sigma: Tensor, noise_for: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """The latent [B, C, ...] that a stage starts from and the noise that the host's sampler adds to it."""
+    def _start(self, index: int, known: _Known, results: Sequence[Tensor], sigmas: Tensor, seed: int) -> StageStart:
+        """A stage before it is sampled, given the results of those before it."""
         stage = self.stages[index]
         if index == 0:
-            clean = known.at(stage)
-            return clean, noise_for(clean)
-        clean = enlarge(self.vae, results[-1], stage.width, stage.height, self.resize)
-        noise = noise_for(clean)
-        if known.mask is not None:  # the host's inpainting wants what is known without noise
-            return known.outside(clean, stage), noise
-        return renoise(self.model, clean, sigma, noise), torch.zeros_like(noise)
+            return first_start(known.at(stage), sigmas, seed)
+        paste = None if known.mask is None else partial(known.outside, stage=stage)
+        return next_start(self.model, self.vae, stage, index, results[-1], sigmas, seed, self.resize, known.batch_index, paste)
+
+    def _sampled(self, guider: Any, start: StageStart, known: _Known, callback: Callable) -> Tensor:
+        """What the sampler makes of a stage [B, C, ...]."""
+        solver, quiet = comfy.samplers.sampler_object(self.sampler), not comfy.utils.PROGRESS_BAR_ENABLED
+        noise = start.noise(known.batch_index)
+        return guider.sample(noise, start.latent, solver, start.sigmas, known.mask, callback, quiet, start.seed)
 
     def _guider(self, index: int, model: Any, positive: list, negative: list) -> Any:
         """The host's guider with the conditioning at a stage's size."""
@@ -121,10 +117,18 @@ class Cascade:
     def schedules(self) -> list[Tensor]:
         """The levels of every stage; ValueError if they do not fit together."""
         schedules = [first_sigmas(self.model, self.scheduler, self.stages[0])]
-        gamma = preset_of(self.model, len(self.stages)).gamma if self.gamma < 0 else self.gamma
+        gamma = gamma_of(self.model, len(self.stages), self.gamma)
         for small, large in pairwise(self.stages):
             schedules.append(next_sigmas(self.model, self.scheduler, schedules[-1], ratio(small, large), gamma, large))
         return schedules
+
+    def _models(self, maps: Sequence[Maps]) -> list[Any]:
+        """The model of every stage, with one telemetry for all."""
+        models = [self._guided(index, maps) for index in range(len(self.stages))]
+        watch = of_cascade(self.node, self.stages)
+        for model in models if watch is not None else ():
+            model.model_options["transformer_options"][TELEMETRY] = watch
+        return models
 
     def _guided(self, index: int, maps: Sequence[Maps]) -> Any:
         """The model of a stage: FA-CFG and the maps of the stage before; maps are collected but in the last stage."""
@@ -140,68 +144,8 @@ class Cascade:
         return with_maps(model, self.map_weight, maps[index - 1] if index else None, collect, area)
 
 
-def first_sigmas(model: Any, scheduler: str, stage: Stage) -> Tensor:
-    """The levels of a first stage."""
-    sampling = model.get_model_object("model_sampling")
-    if stage.end >= float(sampling.sigma_max):
-        raise ValueError(
-            f"{NAME}: the first stage cannot end at {stage.end:.4g}; the model's highest noise level is {float(sampling.sigma_max):.4g}."
-        )
-    return stage_sigmas(sampling, scheduler, stage.steps, end=stage.end)
-
-
-def next_sigmas(model: Any, scheduler: str, before: Tensor, rho: float, gamma: float, stage: Stage) -> Tensor:
-    """The levels of a stage after one that was sampled with ``before``, whose last evaluated level is the last but one.
-
-    rho: ratio of the sides. Raises ValueError where level and gamma leave the stage no room.
-    """
-    sampling = model.get_model_object("model_sampling")
-    size, level, top = f"{stage.width}x{stage.height}", float(before[-2]), float(sampling.sigma_max)
-    start = shift_level(sampling, level, rho, gamma)
-    if start >= top:
-        raise ValueError(
-            f"{NAME}: the stage before {size} ends at {level:.4g}, which gamma {gamma:g} shifts to {start:.4g}, not below the model's "
-            f"highest noise level {top:.4g}; let it end lower."
-        )
-    if stage.end >= start:
-        raise ValueError(f"{NAME}: the stage {size} begins at {start:.4g} and cannot end at {stage.end:.4g}; let it end lower.")
-    return stage_sigmas(sampling, scheduler, stage.steps, start, stage.end)
-
-
-def begin(model: Any, vae: Any, stage: Stage, scheduler: str, seed: int, batch: int) -> tuple[dict[str, Tensor], Tensor, int]:
-    """What a sampler needs for a first stage: an empty LATENT, the levels, and the seed of the noise it shall add."""
-    check_size(stage.width, stage.height, size_multiple(model, vae.spacial_compression_encode()))
-    return {"samples": empty_latent(model, vae, stage, batch)}, first_sigmas(model, scheduler, stage), stage_seed(seed, 0)
-
-
-def transition(
-    model: Any, vae: Any, stage: Stage, scheduler: str, seed: int, number: int, gamma: float, method: str,
-    denoised: dict[str, Any] | None, sigmas: Tensor | None,
-) -> tuple[dict[str, Tensor], Tensor, int]:  # fmt: skip
-    """What a sampler needs for stage ``number``: the noisy LATENT (no noise to add), the levels, and its seed. See Cascade."""
-    if denoised is None or sigmas is None:
-        raise ValueError("FreCaS Stage Transition: connect both denoised and sigmas, or neither for the first stage.")
-    if "noise_mask" in denoised:
-        raise ValueError(f"FreCaS Stage Transition cannot keep to a noise mask; use the {NAME} node for that.")
-    pixels = vae.spacial_compression_encode()
-    check_size(stage.width, stage.height, size_multiple(model, pixels))
-    height, width = (side * pixels for side in denoised["samples"].shape[-2:])
-    gamma = preset_of(model, 2).gamma if gamma < 0 else gamma
-    levels = next_sigmas(model, scheduler, sigmas, ratio(Stage(width, height, 1), stage), gamma, stage)
-    clean = enlarge(vae, denoised["samples"], stage.width, stage.height, method)
-    noise = stage_noise(clean, seed, number, denoised.get("batch_index"))
-    return {"samples": renoise(model, clean, levels[0], noise)}, levels, stage_seed(seed, number)
-
-
-def empty_latent(model: Any, vae: Any, stage: Stage, batch: int) -> Tensor:
-    """Zeros of a stage's size as the model's latent: [batch, C, (1,) h, w]."""
-    latent_format, pixels = model.get_model_object("latent_format"), vae.spacial_compression_encode()
-    frames = [1] if latent_format.latent_dimensions == 3 else []
-    return torch.zeros(batch, latent_format.latent_channels, *frames, stage.height // pixels, stage.width // pixels)
-
-
-def _on_hand(latent: Tensor) -> Tensor:
-    """Where and as the host keeps latents between nodes."""
+def _between_nodes(latent: Tensor) -> Tensor:
+    """A latent on the device and in the dtype in which the host keeps it between nodes."""
     return latent.to(device=comfy.model_management.intermediate_device(), dtype=torch.float32)
 
 
@@ -210,13 +154,13 @@ class _Known:
 
     def __init__(self, vae: Any, latent: dict[str, Any], method: str) -> None:
         self.vae, self.method = vae, method
-        self.latent, self.mask = latent["samples"], latent.get("noise_mask")
+        self.latent, self.mask, self.batch_index = latent["samples"], latent.get("noise_mask"), latent.get("batch_index")
         self.pixels: Tensor | None = None
 
     def at(self, stage: Stage) -> Tensor:
         """The latent [B, C, ...] at a stage's size, from its pixels."""
-        ratio_ = self.vae.spacial_compression_encode()
-        size = stage.height // ratio_, stage.width // ratio_
+        factor = self.vae.spacial_compression_encode()
+        size = stage.height // factor, stage.width // factor
         if tuple(self.latent.shape[-2:]) == size:
             return self.latent
         if torch.count_nonzero(self.latent) == 0:

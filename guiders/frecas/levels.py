@@ -13,14 +13,12 @@ import torch
 from torch import Tensor
 
 from ..spaces import is_flow
+from .stages import NAME, Stage
 
 _CURVE = 1000  # steps in which a scheduler is read
 
 
-def shift_abar(abar: float, rho: float, gamma: float) -> float:
-    """VP: abar_F = k abar / (1 + (k - 1) abar), k = rho^(-gamma), abar = a^2 = 1 - s^2."""
-    k = rho**-gamma
-    return k * abar / (1 + (k - 1) * abar)
+# --- the maths -------------------------------------------------------------------------------------------------------
 
 
 def shift_sigma(sigma: float, rho: float, gamma: float) -> float:
@@ -37,9 +35,37 @@ def shift_time(t: float, rho: float, gamma: float) -> float:
     return q * t / (1 + (q - 1) * t)
 
 
-def shift_level(model_sampling: Any, level: float, rho: float, gamma: float) -> float:
+def shift_level(level: float, rho: float, gamma: float, flow: bool) -> float:
     """The level at which a stage begins, when the one before, rho times smaller, ended at ``level``; both as the host counts them."""
-    return (shift_time if is_flow(model_sampling) else shift_sigma)(level, rho, gamma)
+    return (shift_time if flow else shift_sigma)(level, rho, gamma)
+
+
+def slice_of(curve: np.ndarray, whole: np.ndarray, steps: int, start: float | None, end: float) -> np.ndarray:
+    """``steps`` levels from ``start`` to ``end``, evenly spaced on a curve that falls from the scheduler's first level to its last.
+
+    whole: what the scheduler makes of that many steps by itself. A stage that goes to the end of the schedule (end 0) leaves as much
+    room before level 0 as that does. start None: where the curve begins.
+    """
+    first = 0.0 if start is None else index_of(curve, start)
+    if end > 0:
+        last = index_of(curve, end)
+    else:
+        last = len(curve) - 1
+        lowest = index_of(curve, float(whole[-1])) if steps > 1 else 0.0  # not all schedulers know one step
+        gap = (last - lowest) * steps / last  # what this scheduler leaves free before 0, in spacings
+        last -= gap * (last - first) / steps
+    levels = np.exp(np.interp(np.linspace(first, last, steps), np.arange(len(curve)), np.log(curve)))
+    levels[0] = levels[0] if start is None else start
+    levels[-1] = end or levels[-1]
+    return levels
+
+
+def index_of(curve: np.ndarray, level: float) -> float:
+    """The fractional index of a level on a falling curve."""
+    return float(np.interp(-np.log(level), -np.log(curve), np.arange(len(curve))))
+
+
+# --- the host's schedulers -------------------------------------------------------------------------------------------
 
 
 def stage_sigmas(model_sampling: Any, scheduler: str, steps: int, start: float | None = None, end: float = 0.0) -> Tensor:
@@ -55,18 +81,7 @@ def stage_sigmas(model_sampling: Any, scheduler: str, steps: int, start: float |
     if start is None and end == 0:
         return whole
     curve = _positive(calculate_sigmas(model_sampling, scheduler, _CURVE))
-    first = 0.0 if start is None else _place(curve, start)
-    if end > 0:
-        last = _place(curve, end)
-    else:
-        last = len(curve) - 1
-        lowest = _place(curve, float(_positive(whole)[-1])) if steps > 1 else 0.0  # not all schedulers know one step
-        gap = (last - lowest) * steps / last  # what this scheduler leaves free before 0, in spacings
-        last -= gap * (last - first) / steps
-    levels = np.exp(np.interp(np.linspace(first, last, steps), np.arange(len(curve)), np.log(curve)))
-    levels[0] = levels[0] if start is None else start
-    levels[-1] = end or levels[-1]
-    return torch.tensor([*levels, 0.0], dtype=torch.float32)
+    return torch.tensor([*slice_of(curve, _positive(whole), steps, start, end), 0.0], dtype=torch.float32)
 
 
 def _positive(sigmas: Tensor) -> np.ndarray:
@@ -75,6 +90,29 @@ def _positive(sigmas: Tensor) -> np.ndarray:
     return levels[::-1]
 
 
-def _place(curve: np.ndarray, level: float) -> float:
-    """Where a level lies on a descending curve, as a fractional index."""
-    return float(np.interp(-np.log(level), -np.log(curve), np.arange(len(curve))))
+def first_sigmas(model: Any, scheduler: str, stage: Stage) -> Tensor:
+    """The levels of a first stage."""
+    sampling = model.get_model_object("model_sampling")
+    if stage.end >= float(sampling.sigma_max):
+        raise ValueError(
+            f"{NAME}: the first stage cannot end at {stage.end:.4g}; the model's highest noise level is {float(sampling.sigma_max):.4g}."
+        )
+    return stage_sigmas(sampling, scheduler, stage.steps, end=stage.end)
+
+
+def next_sigmas(model: Any, scheduler: str, before: Tensor, rho: float, gamma: float, stage: Stage) -> Tensor:
+    """The levels of a stage after one that was sampled with ``before``, whose last evaluated level is the last but one.
+
+    rho: ratio of the sides. Raises ValueError where level and gamma leave the stage no room.
+    """
+    sampling = model.get_model_object("model_sampling")
+    size, level, top = f"{stage.width}x{stage.height}", float(before[-2]), float(sampling.sigma_max)
+    start = shift_level(level, rho, gamma, is_flow(sampling))
+    if start >= top:
+        raise ValueError(
+            f"{NAME}: the stage before {size} ends at {level:.4g}, which gamma {gamma:g} shifts to {start:.4g}, not below the model's "
+            f"highest noise level {top:.4g}; let it end lower."
+        )
+    if stage.end >= start:
+        raise ValueError(f"{NAME}: the stage {size} begins at {start:.4g} and cannot end at {stage.end:.4g}; let it end lower.")
+    return stage_sigmas(sampling, scheduler, stage.steps, start, stage.end)

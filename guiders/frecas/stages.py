@@ -71,6 +71,11 @@ def preset_of(model: Any, count: int) -> Preset:
     return replace(longest, steps=steps, ends=(*longest.ends[:1], *[longest.ends[1]] * extra, longest.ends[1]))
 
 
+def gamma_of(model: Any, count: int, given: float) -> float:
+    """The given gamma; below 0 the authors' for a model and a number of stages."""
+    return preset_of(model, count).gamma if given < 0 else given
+
+
 def size_multiple(model: Any, compression: int) -> int:
     """Pixels per side of the smallest patch that the model sees: those of the VAE's latent pixel times the model's patch."""
     patch = getattr(model.get_model_object("diffusion_model"), "patch_size", None) or 1

@@ -5,8 +5,8 @@ Zhang, Li, Zhang, ICLR 2025, arXiv 2410.18410, section 3:  x = a_F encode(resize
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import comfy.model_management
 import comfy.sample
@@ -14,14 +14,12 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from .levels import first_sigmas, next_sigmas
+from .stages import NAME, Stage, check_size, gamma_of, ratio, size_multiple
+
 RESIZES = ("nearest", "bilinear", "bicubic", "lanczos")
 _TILE, _OVERLAP = 512, 64  # pixels
 _STREAM = 0x9E3779B97F4A7C15  # odd, so that the streams of 2^64 stages differ
-
-
-def stage_seed(seed: int, stage: int) -> int:
-    """The seed of a stage's noise (0 is the first, which has the seed itself)."""
-    return (seed + stage * _STREAM) % 2**64
 
 
 # --- pixels ----------------------------------------------------------------------------------------------------------
@@ -32,8 +30,8 @@ def decode(vae: Any, latent: Tensor) -> Tensor:
     if _fits(vae, "memory_used_decode", latent.shape):
         pixels = vae.decode(latent)
     else:
-        ratio = vae.spacial_compression_decode()
-        pixels = vae.decode_tiled(latent, tile_x=_TILE // ratio, tile_y=_TILE // ratio, overlap=_OVERLAP // ratio)
+        factor = vae.spacial_compression_decode()
+        pixels = vae.decode_tiled(latent, tile_x=_TILE // factor, tile_y=_TILE // factor, overlap=_OVERLAP // factor)
     return pixels.clamp(0, 1)
 
 
@@ -72,10 +70,20 @@ def enlarge(vae: Any, latent: Tensor, width: int, height: int, method: str) -> T
 # --- noise -----------------------------------------------------------------------------------------------------------
 
 
+def stage_seed(seed: int, stage: int) -> int:
+    """The seed of a stage's noise (0 is the first, which has the seed itself)."""
+    return (seed + stage * _STREAM) % 2**64
+
+
+def stage_noise(latent: Tensor, seed: int, stage: int, batch_index: Any = None) -> Tensor:
+    """The fresh noise of a stage, from its own stream."""
+    return comfy.sample.prepare_noise(latent, stage_seed(seed, stage), batch_index)
+
+
 def renoise(model: Any, latent: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
     """x = a z + s eps, in the form in which the host's samplers take a noisy latent together with no noise of their own.
 
-    latent, noise [B, C, ...]; sigma: a level as the host counts it.
+    latent, noise [B, C, ...]; sigma: a level as the host counts it. The host's own scaling is that path (see spaces.level_of).
     """
     sampling = model.get_model_object("model_sampling")
     if torch.count_nonzero(latent) > 0:  # as the host does
@@ -84,9 +92,78 @@ def renoise(model: Any, latent: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
     return model.model.process_latent_out(sampling.inverse_noise_scaling(sigma, noisy))
 
 
-def stage_noise(latent: Tensor, seed: int, stage: int, batch_index: Any = None) -> Tensor:
-    """The fresh noise of a stage, from its own stream."""
-    return comfy.sample.prepare_noise(latent, stage_seed(seed, stage), batch_index)
+# --- what a sampler needs for a stage --------------------------------------------------------------------------------
+
+
+class StageStart(NamedTuple):
+    """A stage before it is sampled: its latent [B, C, ...], its levels, its seed, and whether the sampler is to add that seed's noise."""
+
+    latent: Tensor
+    sigmas: Tensor
+    seed: int
+    add_noise: bool
+
+    def noise(self, batch_index: Any = None) -> Tensor:
+        """What the sampler adds [B, C, ...]: the seed's noise, or zeros for a latent that is noisy already."""
+        if self.add_noise:
+            return comfy.sample.prepare_noise(self.latent, self.seed, batch_index)
+        return torch.zeros_like(self.latent, device="cpu")
+
+
+def empty_latent(model: Any, vae: Any, stage: Stage, batch: int) -> Tensor:
+    """Zeros of a stage's size as the model's latent: [batch, C, (1,) h, w]."""
+    latent_format, pixels = model.get_model_object("latent_format"), vae.spacial_compression_encode()
+    frames = [1] if latent_format.latent_dimensions == 3 else []
+    return torch.zeros(batch, latent_format.latent_channels, *frames, stage.height // pixels, stage.width // pixels)
+
+
+def first_start(latent: Tensor, sigmas: Tensor, seed: int) -> StageStart:
+    """The first stage, from a clean latent."""
+    return StageStart(latent, sigmas, stage_seed(seed, 0), add_noise=True)
+
+
+def next_start(
+    model: Any, vae: Any, stage: Stage, number: int, denoised: Tensor, sigmas: Tensor, seed: int, method: str,
+    batch_index: Any = None, paste: Callable[[Tensor], Tensor] | None = None,
+) -> StageStart:  # fmt: skip
+    """Stage ``number``, from the clean estimate of the one before: enlarged by ``method`` (one of RESIZES), then noisy.
+
+    paste: puts what an inpainting run knows into the clean latent; the host's inpainting wants that without noise.
+    """
+    clean = enlarge(vae, denoised, stage.width, stage.height, method)
+    if paste is not None:
+        return StageStart(paste(clean), sigmas, stage_seed(seed, number), add_noise=True)
+    noisy = renoise(model, clean, sigmas[0], stage_noise(clean, seed, number, batch_index))
+    return StageStart(noisy, sigmas, stage_seed(seed, number), add_noise=False)
+
+
+# --- the steps of a cascade one by one, for graphs -------------------------------------------------------------------
+
+
+def begin(model: Any, vae: Any, stage: Stage, scheduler: str, seed: int, batch: int) -> StageStart:
+    """A first stage from nothing. Raises ValueError for a size or an end that cannot be."""
+    check_size(stage.width, stage.height, size_multiple(model, vae.spacial_compression_encode()))
+    return first_start(empty_latent(model, vae, stage, batch), first_sigmas(model, scheduler, stage), seed)
+
+
+def advance(
+    model: Any, vae: Any, stage: Stage, scheduler: str, seed: int, number: int, gamma: float, method: str,
+    denoised: dict[str, Any] | None, sigmas: Tensor | None,
+) -> StageStart:  # fmt: skip
+    """Stage ``number`` after one whose ``denoised`` LATENT and levels are given. gamma: below 0 for the authors' with two stages.
+
+    Raises ValueError for a size, an end or a latent that cannot be.
+    """
+    if denoised is None or sigmas is None:
+        raise ValueError("FreCaS Stage Transition: connect both denoised and sigmas, or neither for the first stage.")
+    if "noise_mask" in denoised:
+        raise ValueError(f"FreCaS Stage Transition cannot keep to a noise mask; use the {NAME} node for that.")
+    pixels = vae.spacial_compression_encode()
+    check_size(stage.width, stage.height, size_multiple(model, pixels))
+    height, width = (side * pixels for side in denoised["samples"].shape[-2:])
+    rho = ratio(Stage(width, height, 1), stage)
+    levels = next_sigmas(model, scheduler, sigmas, rho, gamma_of(model, 2, gamma), stage)
+    return next_start(model, vae, stage, number, denoised["samples"], levels, seed, method, denoised.get("batch_index"))
 
 
 # --- conditioning ----------------------------------------------------------------------------------------------------

@@ -10,68 +10,34 @@ Nothing here changes a module: a layer is reached through the options that trave
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..engine.keys import CHUNKS
+from .calls import Call, flags_left, merge, narrowed, ordinary_attention, take
 from .layers import Layer
-
-_LOGITS = 2**26  # logits of image tokens computed at once
-
-
-@dataclass(frozen=True)
-class IdentityAttention:
-    """Identity attention in ``layers``; ``joint``: "masked" or "passthrough", where text and image share an attention."""
-
-    layers: tuple[Layer, ...]
-    joint: str = "masked"
-
-    def patch(self, transformer_options: dict[str, Any], perturbed: Sequence[bool]) -> dict[str, Any]:
-        """A copy of the options of one forward pass with identity attention where ``perturbed`` is true.
-
-        The batch is ``len(perturbed)`` equal chunks of rows. Whatever replaces or overrides attention already is kept for
-        the other chunks.
-        """
-        options = transformer_options.copy()
-        patches = {kind: dict(of_kind) for kind, of_kind in options.get("patches_replace", {}).items()}
-        options["patches_replace"] = patches
-        unet = [layer for layer in self.layers if layer.architecture.hook == "attn1"]
-        for layer in unet:
-            attn1, key = patches.setdefault("attn1", {}), (layer.stack, layer.block)
-            attn1[(*key, layer.sub)] = _ReplacedAttention(attn1.get((*key, layer.sub), attn1.get(key)), perturbed, layer.video)
-        if len(unet) == len(self.layers):
-            return options
-        override = _OverriddenAttention(self, options.get("optimized_attention_override"), perturbed)
-        options["optimized_attention_override"] = override
-        for name in ("block_index", "img_slice"):  # left over from another forward pass, if there
-            options.pop(name, None)
-        for layer in self.layers:
-            if layer.architecture.hook == "block":
-                _wrap_block(patches, layer.stack, layer.block, override.inside)
-        if any(layer.stack == "single" and layer.architecture.hook == "block" for layer in self.layers):
-            _wrap_block(patches, "double", 0, override.measured)
-        return options
-
 
 # --- the maths -------------------------------------------------------------------------------------------------------
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, text: int, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+def masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, text: int, mask: Tensor | None = None, scale: float | None = None, at_once: int = 2**26
+) -> Tensor:
     """Image tokens that attend to themselves and to all T = ``text`` text tokens, which come first: p_0 v_i + P V_text.
 
     q, k, v [B, H, T+N, d], mask [B|1, H|1, T+N|1, T+N] or None -> [B, H, N, d]. The same numbers as full attention with
-    logits of -inf between different image tokens, from 1+T logits per image token instead of T+N.
+    logits of -inf between different image tokens, from 1+T logits per image token instead of T+N. ``at_once``: how many logits
+    may be in memory together.
     """
     q, k_text, k = q[:, :, text:], k[:, :, :text], k[:, :, text:]
     v_text, v = v[:, :, :text], v[:, :, text:]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     to_text, to_self = _mask_parts(mask, text, k.shape[2])
     out = torch.empty_like(v)
-    step = max(1, _LOGITS // (q.shape[0] * q.shape[1] * (1 + text)))
+    step = max(1, at_once // (q.shape[0] * q.shape[1] * (1 + text)))
     for i in range(0, q.shape[2], step):
         part = slice(i, i + step)
         q_i = q[:, :, part] * scale
@@ -102,44 +68,47 @@ def _rows(mask: Tensor | float, part: slice) -> Tensor | float:
     return mask if isinstance(mask, float) or mask.shape[-2] == 1 else mask[..., part, :]
 
 
-# --- rows of a fused batch -------------------------------------------------------------------------------------------
+# --- the variant -----------------------------------------------------------------------------------------------------
 
 
-def chunks_left(options: dict[str, Any], chunks: int) -> Sequence[int]:
-    """Which of the forward pass's chunks a call of the attention function was given."""
-    return options.get(CHUNKS, range(chunks))
+@dataclass(frozen=True)
+class IdentityAttention:
+    """Identity attention in ``layers``; ``joint``: "masked" or "passthrough", where text and image share an attention."""
+
+    layers: tuple[Layer, ...]
+    joint: str = "masked"
+
+    def patch(self, transformer_options: dict[str, Any], perturbed: Sequence[bool]) -> dict[str, Any]:
+        """A copy of the options of one forward pass with identity attention where ``perturbed`` is true.
+
+        The batch is ``len(perturbed)`` equal chunks of rows. Whatever replaces or overrides attention already is kept for
+        the other chunks.
+        """
+        options = transformer_options.copy()
+        patches = {kind: dict(of_kind) for kind, of_kind in options.get("patches_replace", {}).items()}
+        options["patches_replace"] = patches
+        unet = [layer for layer in self.layers if layer.architecture.hook == "attn1"]
+        for layer in unet:
+            attn1, key = patches.setdefault("attn1", {}), (layer.stack, layer.block)
+            attn1[(*key, layer.sub)] = _ReplacedAttention(attn1.get((*key, layer.sub), attn1.get(key)), perturbed, layer.video)
+        if len(unet) < len(self.layers):
+            self._override(options, patches, perturbed)
+        return options
+
+    def _override(self, options: dict[str, Any], patches: dict[str, dict], perturbed: Sequence[bool]) -> None:
+        """Put identity attention into the options of a transformer."""
+        override = _OverriddenAttention(self, options.get("optimized_attention_override"), perturbed)
+        options["optimized_attention_override"] = override
+        for name in ("block_index", "img_slice"):  # left over from another forward pass, if there
+            options.pop(name, None)
+        by_block = [layer for layer in self.layers if layer.architecture.hook == "block"]
+        for layer in by_block:
+            _wrap_block(patches, layer.stack, layer.block, override.inside)
+        if any(layer.stack == "single" for layer in by_block):
+            _wrap_block(patches, "double", 0, override.measured)
 
 
-def _flags(options: dict[str, Any], perturbed: Sequence[bool]) -> list[bool]:
-    """``perturbed`` for the chunks that are left in the batch."""
-    return [perturbed[i] for i in chunks_left(options, len(perturbed))]
-
-
-def _take(x: Tensor, flags: Sequence[bool]) -> Tensor:
-    """The rows of the flagged chunks of x [B, ...], without a copy where they follow each other."""
-    index = [i for i, flag in enumerate(flags) if flag]
-    adjacent = index[-1] - index[0] == len(index) - 1
-    return x.unflatten(0, (len(flags), -1))[slice(index[0], index[-1] + 1) if adjacent else index].flatten(0, 1)
-
-
-def _merge(clean: Tensor, perturbed: Tensor, flags: Sequence[bool]) -> Tensor:
-    """The inverse of taking the clean and the perturbed rows."""
-    size = (len(clean) + len(perturbed)) // len(flags)
-    parts = {False: iter(clean.split(size)), True: iter(perturbed.split(size))}
-    return torch.cat([next(parts[flag]) for flag in flags])
-
-
-def _narrowed(options: dict[str, Any], flags: Sequence[bool]) -> dict[str, Any]:
-    """The options as they describe the flagged chunks alone, for other packs' patches that tell rows apart."""
-    options = options.copy()
-    options.setdefault(CHUNKS, range(len(flags)))
-    for name in (CHUNKS, "cond_or_uncond", "uuids"):
-        if len(options.get(name, ())) == len(flags):
-            options[name] = [entry for entry, flag in zip(options[name], flags, strict=True) if flag]
-    return options
-
-
-# --- UNet: patches_replace["attn1"] ----------------------------------------------------------------------------------
+# --- its hook in a UNet: patches_replace["attn1"] --------------------------------------------------------------------
 
 
 class _ReplacedAttention:
@@ -151,7 +120,7 @@ class _ReplacedAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
         """q, k, v [B, N, H*d] -> [B, N, H*d]."""
-        flags = _flags(extra_options, self.perturbed)
+        flags = flags_left(extra_options, self.perturbed)
         self.calls += 1
         temporal = self.video and self.calls % 2 == 0
         if temporal or not any(flags) or q.shape[1] != v.shape[1]:
@@ -159,21 +128,11 @@ class _ReplacedAttention:
         if all(flags):
             return v
         keep = [not flag for flag in flags]
-        clean = ordinary_attention(self.previous, *(_take(x, keep) for x in (q, k, v)), _narrowed(extra_options, keep))
-        return _merge(clean, _take(v, flags), flags)
+        clean = ordinary_attention(self.previous, *(take(x, keep) for x in (q, k, v)), narrowed(extra_options, keep))
+        return merge(clean, take(v, flags), flags)
 
 
-def ordinary_attention(previous: Callable | None, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
-    """A UNet layer's attention as it is without us: an earlier replacement, or the host's. q [B, N, H*d], k and v [B, T, H*d]."""
-    if previous is not None:
-        return previous(q, k, v, options)
-    from comfy.ldm.modules.attention import optimized_attention  # here, so that the maths above needs no host
-
-    heads, precision = options["n_heads"], options["attn_precision"]
-    return optimized_attention(q, k, v, heads, attn_precision=precision, transformer_options=options)
-
-
-# --- DiT: optimized_attention_override -------------------------------------------------------------------------------
+# --- its hook in a transformer: optimized_attention_override ---------------------------------------------------------
 
 
 def _wrap_block(patches: dict[str, dict], stack: str, block: int, around: Callable) -> None:
@@ -197,7 +156,7 @@ class _OverriddenAttention:
         self.chosen = {layer.block for layer in rule.layers}
         self.block: _RunningBlock | None = None
         self.text = 0  # text tokens of this forward pass
-        self.calls = 0  # of attention outside numbered blocks
+        self.unnumbered = 0  # calls of attention outside of numbered blocks
         self.refined = 0  # tokens in the last of these: where text and image are refined before they are joined, the image's
 
     def measured(self, original: Callable, args: dict[str, Any]) -> dict[str, Any]:
@@ -219,29 +178,20 @@ class _OverriddenAttention:
         """The host's call of an attention override: ``func`` is the attention function, the rest are its arguments."""
         ordinary = func if self.previous is None else partial(self.previous, func)
         call = Call.of(ordinary, *args, **kwargs)
-        flags = _flags(call.options["transformer_options"], self.perturbed)
-        found = self._own(call)
+        flags = flags_left(call.options["transformer_options"], self.perturbed)
+        found = self._chosen_self_attention(call)
         if found is None or not any(flags):
             return ordinary(*args, **kwargs)
         if all(flags):
             return self._identity(call, *found)
         keep = [not flag for flag in flags]
-        return _merge(call.rows(keep)(), self._identity(call.rows(flags), *found), flags)
+        return merge(call.rows(keep)(), self._identity(call.rows(flags), *found), flags)
 
-    def _own(self, call: Call) -> tuple[int, slice] | None:
-        """In the self-attention of a chosen block: the number of text tokens, and where the queries are among the keys."""
+    def _chosen_self_attention(self, call: Call) -> tuple[int, slice] | None:
+        """Of the self-attention of a chosen block: the number of text tokens, and which of the keys the queries are. Else None."""
         options, (queries, keys) = call.options["transformer_options"], call.lengths
-        if self.architecture.hook != "block":
-            index = options.get("block_index")
-            if index is None:
-                self.refined = queries
-                index = self.calls // 2 if self.architecture.hook == "pairs" else None
-                self.calls += 1
-            if index not in self.chosen:
-                return None
-            if self.block is None or self.block.index != index:
-                self.block = _RunningBlock(index)
-            self.text = keys - self.refined
+        if self.architecture.hook != "block" and not self._in_numbered_block(options, queries, keys):
+            return None
         if self.block is None:
             return None
         if not self.architecture.joint:
@@ -251,6 +201,20 @@ class _OverriddenAttention:
             return None
         image_only = queries == self.block.image
         return 0 if image_only else options.get("img_slice", (self.text,))[0], slice(None)
+
+    def _in_numbered_block(self, options: dict[str, Any], queries: int, keys: int) -> bool:
+        """Without a hook around blocks: whether a chosen one calls, from its number in the options or from the count of calls."""
+        index = options.get("block_index")
+        if index is None:
+            self.refined = queries
+            index = self.unnumbered // 2 if self.architecture.hook == "pairs" else None
+            self.unnumbered += 1
+        if index not in self.chosen:
+            return False
+        if self.block is None or self.block.index != index:
+            self.block = _RunningBlock(index)
+        self.text = keys - self.refined
+        return True
 
     def _identity(self, call: Call, text: int, own: slice) -> Tensor:
         """The perturbed rows: V, or, after the text tokens of a joint attention, the masked form."""
@@ -275,75 +239,9 @@ class _RunningBlock:
     length: int | None = None
 
     def own(self, queries: int, keys: int) -> slice | None:
-        """Where the queries of this call are among the keys, if it is (a part of) the self-attention."""
+        """Which of the keys the queries of this call are, if it is (a part of) the self-attention."""
         self.length = self.length or keys
         if keys != self.length or self.seen + queries > keys:
             return None
         self.seen += queries
         return slice(self.seen - queries, self.seen)
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of the attention function: q, k, v [B, N, H*d] or, with skip_reshape, [B, H, N, d]; k, v maybe fewer heads."""
-
-    func: Callable
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    heads: int
-    mask: Tensor | None
-    precision: Any
-    options: dict[str, Any]
-
-    @classmethod
-    def of(
-        cls, func: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Any = None, attn_precision: Any = None, **kw: Any
-    ) -> Call:
-        """The host's signature; a mask [N, N], [B, N, N] or [B, H, N, N] gets all its dimensions."""
-        if mask is not None and mask.ndim < 4:
-            mask = mask[None, None] if mask.ndim == 2 else mask[:, None]
-        return cls(func, q, k, v, heads, mask, attn_precision, kw)
-
-    def __call__(self) -> Tensor:
-        """Ordinary attention."""
-        return self.func(self.q, self.k, self.v, self.heads, mask=self.mask, attn_precision=self.precision, **self.options)
-
-    @property
-    def tokens(self) -> int:
-        """The dimension of the tokens of q, k, v."""
-        return 2 if self.options.get("skip_reshape") else 1
-
-    @property
-    def output_tokens(self) -> int:
-        """The dimension of the tokens of the result."""
-        return 2 if self.options.get("skip_output_reshape") else 1
-
-    @property
-    def lengths(self) -> tuple[int, int]:
-        """Numbers of queries and keys."""
-        return self.q.shape[self.tokens], self.k.shape[self.tokens]
-
-    def rows(self, flags: Sequence[bool]) -> Call:
-        """The call for the flagged chunks of the batch alone."""
-        q, k, v = (_take(x, flags) for x in (self.q, self.k, self.v))
-        mask = self.mask if self.mask is None or len(self.mask) == 1 else _take(self.mask, flags)
-        options = {**self.options, "transformer_options": _narrowed(self.options["transformer_options"], flags)}
-        return replace(self, q=q, k=k, v=v, mask=mask, options=options)
-
-    def text_queries(self, text: int) -> Call:
-        """The call for the first ``text`` queries alone."""
-        mask = self.mask if self.mask is None or self.mask.shape[-2] == 1 else self.mask[..., :text, :]
-        return replace(self, q=self.q.narrow(self.tokens, 0, text), mask=mask)
-
-    def by_head(self) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v as [B, heads, N, d]; grouped heads of k and v repeated."""
-        q, k, v = self.q, self.k, self.v
-        if self.tokens == 1:
-            width = q.shape[-1] // self.heads
-            q, k, v = (x.reshape(*x.shape[:2], -1, width).transpose(1, 2) for x in (q, k, v))
-        return q, *(x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-
-    def output(self, out: Tensor) -> Tensor:
-        """[B, heads, N, d] in the layout of the host's result."""
-        return out if self.output_tokens == 2 else out.transpose(1, 2).flatten(2)

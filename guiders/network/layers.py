@@ -98,7 +98,7 @@ def cross_attention_blocks(diffusion_model: Any) -> list[tuple[str, int, int]]:
     """(stack, block, sub-block) of every cross-attention of pictures to a text in a UNet; none for other models."""
     if not any(cls.__name__ == "UNetModel" for cls in type(diffusion_model).__mro__):
         return []
-    return [place for place, inner, video in _unet_blocks(diffusion_model) if inner.attn2 is not None and not video]
+    return [block for block, inner, video in _unet_blocks(diffusion_model) if inner.attn2 is not None and not video]
 
 
 def joint_patch_size(diffusion_model: Any) -> int | None:

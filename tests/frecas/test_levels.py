@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lodestar.guiders.frecas.levels import shift_abar, shift_sigma, shift_time
+from lodestar.guiders.frecas.levels import shift_sigma, shift_time
 from lodestar.guiders.frecas.stages import Stage, check_stages, parse_stages, ratio
 
 RATIOS = [(1.5, 2.0), (1.0, 3.0), (2.0, 0.5)]
@@ -18,6 +18,12 @@ GAMMAS = [0.0, 1.0, 1.5, 3.0]
 def sd_abar() -> np.ndarray:
     """Stable Diffusion's 1000 training levels: betas linear in their roots."""
     return np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=np.float64) ** 2)
+
+
+def shift_abar(abar: float, rho: float, gamma: float) -> float:
+    """The same law as the authors' code has it: abar_F = k abar / (1 + (k - 1) abar), k = rho^(-gamma), abar = a^2 = 1 - s^2."""
+    k = rho**-gamma
+    return k * abar / (1 + (k - 1) * abar)
 
 
 # --- the level shift -------------------------------------------------------------------------------------------------

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
+from fa_cfg_reference import fa_cfg
 from torch import Tensor
 
 from lodestar.guiders.engine.start import Start
@@ -18,26 +17,6 @@ SHAPES = [(2, 4, 8, 8), (2, 4, 6, 10), (1, 3, 7, 9), (2, 4, 3, 8, 12)]
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def taps(before: int, after: int) -> Tensor:
-    """The matrix [after, before] of a bilinear resize of one axis: weights of the two nearest pixel centres, edges repeated."""
-    matrix = torch.zeros(after, before, dtype=torch.float64)
-    for i in range(after):
-        place = max((i + 0.5) * before / after - 0.5, 0.0)
-        left = min(math.floor(place), before - 1)
-        right, share = min(left + 1, before - 1), place - left
-        matrix[i, left] += 1 - share
-        matrix[i, right] += share
-    return matrix
-
-
-def reference(c: Tensor, u: Tensor, wl: float, wh: float, height: int, width: int) -> Tensor:
-    """p_u + w_l Lp(p_c - p_u) + w_h Hp(p_c - p_u), with the resizes as matrices."""
-    vertical = taps(height, c.shape[-2]) @ taps(c.shape[-2], height)
-    horizontal = taps(width, c.shape[-1]) @ taps(c.shape[-1], width)
-    low = vertical @ (c - u) @ horizontal.T
-    return u + wl * low + wh * (c - u - low)
 
 
 def rule(low: float = 7.5, high: float = 35.0, height: int = 4, width: int = 5) -> FrequencyGuidance:
@@ -56,7 +35,7 @@ def guided(rule: FrequencyGuidance, c: Tensor, u: Tensor, w: float) -> Tensor:
 @pytest.mark.parametrize("w", [7.5, 2.0, -1.0, 35.0])
 def test_equals_the_papers_equation_at_any_cfg_of_the_sampler(shape, w):
     c, u = random(*shape), random(*shape, seed=1)
-    torch.testing.assert_close(guided(rule(), c, u, w), reference(c, u, 7.5, 35.0, 4, 5))
+    torch.testing.assert_close(guided(rule(), c, u, w), fa_cfg(c, u, 7.5, 35.0, 4, 5))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -127,7 +106,7 @@ def test_every_evaluation_of_a_run_equals_the_equation(host, kind, sampler):
 
     def check(args: dict) -> Tensor:
         c, u = args["cond_denoised"].double(), args["uncond_denoised"].double()
-        torch.testing.assert_close(args["denoised"].double(), reference(c, u, 3.0, 9.0, 8, 8), rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(args["denoised"].double(), fa_cfg(c, u, 3.0, 9.0, 8, 8), rtol=1e-4, atol=1e-3)
         checked.append(args["sigma"])
         return args["denoised"]
 
@@ -169,7 +148,7 @@ def test_with_apg_in_graph_order(host, first):
         g = c - u
         for each in (fa, apg) if first else (apg, fa):
             if each is fa:
-                g = (reference(g, g * 0, 3.0, 9.0, 8, 8) - g) / (w - 1)
+                g = (fa_cfg(g, g * 0, 3.0, 9.0, 8, 8) - g) / (w - 1)
             else:
                 g = tools.projected_update(g.flatten(1), c.flatten(1), 0.0, 3.0).reshape(g.shape)
         torch.testing.assert_close(args["denoised"].double(), c + (w - 1) * g, rtol=1e-4, atol=1e-3)
