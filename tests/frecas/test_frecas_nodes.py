@@ -71,7 +71,8 @@ def node(model, **changes):
     """The FreCaS node's outputs."""
     inputs = {
         "model": model, "positive": cond(1), "negative": cond(2), "vae": load_vae(), "seed": 1, "cfg": 4.0, "sampler": "euler",
-        "scheduler": "normal", "stages": text("unet"), "gamma": -1.0, "high_scale": 9.0, "map_weight": 0.6, "resize": "nearest", "batch_size": 2,
+        "scheduler": "normal", "stages": text("unet"), "gamma": -1.0, "high_scale": 9.0, "map_weight": 0.6, "resize": "nearest",
+        "batch_size": 2,
     }  # fmt: skip
     with torch.inference_mode():
         return LodestarFreCaS.execute(**inputs | changes).args
