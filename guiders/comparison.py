@@ -124,8 +124,8 @@ def _describe(rule: Rule) -> str:
     settings = [text for field in fields(rule) if (text := _setting(field, getattr(rule, field.name)))]
     layers = getattr(getattr(rule, "perturbation", None), "layers", ())
     if layers:
-        places = (f"{layer.stack}:{layer.block}" + (f".{layer.sub}" if layer.sub else "") for layer in layers)
-        settings.append(f"layers {', '.join(places)}")
+        names = (f"{layer.stack}:{layer.block}" + (f".{layer.sub}" if layer.sub else "") for layer in layers)
+        settings.append(f"layers {', '.join(names)}")
     return f"{rule.short}: {', '.join(settings)}" if settings else rule.short
 
 
