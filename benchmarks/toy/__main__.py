@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lodestar.benchmarks import _results
 from lodestar.benchmarks._sampling import empty, ksampler
 from lodestar.benchmarks.toy import rings, tokens, trees
 from lodestar.guiders.engine.attach import attach
@@ -27,14 +28,16 @@ FOLDER = Path(__file__).resolve().parents[2] / "js" / "docs"
 
 
 def main() -> None:
-    """Draw all figures into the help pages' folder."""
+    """Draw all figures into the help pages' folder, and write what they measure into RESULTS.md."""
     torch.set_num_threads(1)  # the tensors are too small for more
     tree = trees.scene(900)
-    trees.draw(FOLDER / "autoguidance.png", tree, ["no guidance", "CFG, w 4", "autoguidance, w 3"])
-    trees.draw(FOLDER / "interval.png", tree, ["no guidance", "CFG, w 4", "CFG, w 4, interval"])
-    rings.draw(FOLDER / "apg.png", rings.scene(60))
-    tokens.draw(FOLDER / "pag.png", tokens.scene(40))
+    rows = ["| picture | with | what is seen |", "|---|---|---|"]
+    rows += trees.draw(FOLDER / "autoguidance.png", tree, ["no guidance", "CFG, w 4", "autoguidance, w 3"])
+    rows += trees.draw(FOLDER / "interval.png", tree, ["no guidance", "CFG, w 4", "CFG, w 4, interval"])
+    rows += rings.draw(FOLDER / "apg.png", rings.scene(60))
+    rows += tokens.draw(FOLDER / "pag.png", tokens.scene(40))
     draw_report(FOLDER / "report.png")
+    _results.write(_results.RESULTS, "toy", "\n".join(rows))
 
 
 def draw_report(file: Path) -> None:

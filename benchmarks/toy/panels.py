@@ -42,8 +42,8 @@ class Panel:
             self.pen.text((x, y * _SCALE), line, fill=INK, font=ImageFont.load_default(size * _SCALE), anchor="ma")
 
 
-def figure(file: Path, centre: tuple[float, float], width: float, panels: Sequence[tuple[str, str, Callable[[Panel], None]]]) -> None:
-    """Draw panels (title, note, what draws them) side by side and save them as a small PNG."""
+def figure(file: Path, centre: tuple[float, float], width: float, panels: Sequence[tuple[str, str, Callable[[Panel], None]]]) -> list[str]:
+    """Draw panels (title, note, what draws them) side by side and save them as a small PNG; their rows for RESULTS.md."""
     picture = Image.new("RGB", (_PANEL * len(panels) * _SCALE, (_PANEL + _TITLE) * _SCALE), "#ffffff")
     pen = ImageDraw.Draw(picture)
     for number, (title, note, draw) in enumerate(panels):
@@ -53,3 +53,4 @@ def figure(file: Path, centre: tuple[float, float], width: float, panels: Sequen
     small = picture.resize((picture.width // _SCALE, picture.height // _SCALE), Image.Resampling.LANCZOS)
     small.quantize(96, dither=Image.Dither.NONE).save(file, optimize=True)
     print(f"{file.name}: {file.stat().st_size / 1000:.0f} kB")
+    return [f"| {file.stem} | {title} | {note} |" for title, note, _ in panels]

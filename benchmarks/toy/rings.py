@@ -37,7 +37,7 @@ def scene(n: int, w: float = 7.0, steps: int = 24) -> dict[str, Tensor]:
     }
 
 
-def draw(file: Path, found: dict[str, Tensor]) -> None:
+def draw(file: Path, found: dict[str, Tensor]) -> list[str]:
     """The classes in colours, on the circle that holds the data."""
     angle = torch.linspace(0, 2 * math.pi, 120)
     circle = torch.stack([angle.cos(), angle.sin()], -1)
@@ -48,4 +48,4 @@ def draw(file: Path, found: dict[str, Tensor]) -> None:
             panel.dots(of_class, colour, 3)
 
     panels = [(name, f"mean norm {x.norm(dim=1).mean():.2f}", partial(show, x)) for name, x in found.items()]
-    figure(file, (0.0, 0.0), 2.9, panels)
+    return figure(file, (0.0, 0.0), 2.9, panels)

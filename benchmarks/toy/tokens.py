@@ -57,7 +57,7 @@ def coherent(x: Tensor) -> Tensor:
     return (nearest == nearest[:, :1]).all(1)
 
 
-def draw(file: Path, found: dict[str, Tensor]) -> None:
+def draw(file: Path, found: dict[str, Tensor]) -> list[str]:
     """The tokens of each picture joined by a line; pictures that fall apart in red."""
 
     def show(pictures: Tensor, panel: Panel) -> None:
@@ -68,4 +68,4 @@ def draw(file: Path, found: dict[str, Tensor]) -> None:
             panel.dots(tokens, INK, 2)
 
     panels = [(name, f"{coherent(x).double().mean():.0%} of the pictures hold together", partial(show, x)) for name, x in found.items()]
-    figure(file, (0.0, 0.0), 3.0, panels)
+    return figure(file, (0.0, 0.0), 3.0, panels)

@@ -46,7 +46,7 @@ def measures(x: Tensor) -> tuple[float, int]:
     return outside.double().mean().item(), int((TREE.shares(x) < TREE.shares(truth) / 4).sum())
 
 
-def draw(file: Path, found: dict[str, Tensor], methods: Sequence[str]) -> None:
+def draw(file: Path, found: dict[str, Tensor], methods: Sequence[str]) -> list[str]:
     """The data in grey, the points of a method on it."""
     support = TREE.draw(3000, seed=4)
 
@@ -59,4 +59,4 @@ def draw(file: Path, found: dict[str, Tensor], methods: Sequence[str]) -> None:
         outside, lost = measures(found[method])
         panels.append((method, f"{outside:.0%} off the data, {lost} of {branches} branches lost", partial(show, found[method])))
     low, high = TREE.means.amin(0), TREE.means.amax(0)
-    figure(file, tuple(((low + high) / 2).tolist()), 1.1 * (high - low).max().item(), panels)
+    return figure(file, tuple(((low + high) / 2).tolist()), 1.1 * (high - low).max().item(), panels)
