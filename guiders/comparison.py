@@ -56,6 +56,12 @@ class Comparison:
     scheduler: str
     denoise: float = 1.0
 
+    @property
+    def settings(self) -> str:
+        """The numbers in one line, for people."""
+        solver = f"{self.steps} steps of {self.sampler_name} ({self.scheduler})"
+        return f"seed {self.seed}, {solver}, cfg {self.cfg:g}, denoise {self.denoise:g}"
+
     def run(self, models: Sequence[NamedModel]) -> list[Sampled]:
         """Sample every model. Raises ValueError naming the one that is refused; most refusals come before anything is sampled."""
         for named in models:
