@@ -119,7 +119,7 @@ def test_samplers_that_start_over_start_afresh():
 # --- samplers that use the unconditional prediction themselves -------------------------------------------------------
 
 
-def samplers_of_nodes():
+def samplers_of_nodes(model):
     """Every SAMPLER that a node of the host makes from its defaults, with each of its choices in turn: (what made it, SAMPLER)."""
     from comfy_api.latest import io
     from comfy_extras import nodes_advanced_samplers as advanced
@@ -132,10 +132,10 @@ def samplers_of_nodes():
             schema = node.define_schema()
             if [output.io_type for output in schema.outputs] != ["SAMPLER"]:
                 continue
-            values = [getattr(value, "options", None) or [value.default] for value in schema.inputs]
+            values = [[model] if v.io_type == "MODEL" else getattr(v, "options", None) or [v.default] for v in schema.inputs]
             for chosen in itertools.product(*values):
                 settings = dict(zip((value.id for value in schema.inputs), chosen, strict=True))
-                yield f"{schema.node_id} {settings}", node.execute(**settings).result[0]
+                yield f"{schema.node_id} {chosen}", node.execute(**settings).result[0]
 
 
 def test_the_samplers_that_read_uncond_are_known():
@@ -153,7 +153,7 @@ def test_the_samplers_that_read_uncond_are_known():
             )
 
     readers, negatives = set(), (tools.cond(2), tools.cond(3))
-    for made, solver in samplers_of_nodes():
+    for made, solver in samplers_of_nodes(model):
         first, second = (result(solver, negative) for negative in negatives)
         assert first.isfinite().all(), made
         reader = reads_uncond(solver)
