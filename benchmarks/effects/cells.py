@@ -161,7 +161,7 @@ class Cache:
 
     def missing(self, cells: Iterable[Cell]) -> list[Cell]:
         """Those that are still to be made, once each."""
-        return [cell for cell in dict.fromkeys(cells) if not self.path(cell).exists()]
+        return [cell for cell in dict.fromkeys(cells) if not self.path(cell).is_file()]
 
     def load(self, cell: Cell) -> Made:
         """A finished cell."""

@@ -196,28 +196,17 @@ def test_a_small_run_from_end_to_end(effects, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_two_workers_share_the_cells(effects, tmp_path):
-    main, cells = effects["main"], effects["cells"]
-    method = effects["method"].methods()["autoguidance"]
-    cache = cells.Cache(tmp_path, 32)
-    *done, first, second = method.cells
-    for cell in done:
+def test_two_workers_share_the_cells_and_one_that_fails_says_why(effects, tmp_path):
+    main, cells, method = effects["main"], effects["cells"], effects["method"]
+    autoguidance, cache = method.methods()["autoguidance"], cells.Cache(tmp_path, 32)
+    first, second, broken = method.cfg("unet", 1.0), method.cfg("mmdit", 1.0), method.cfg("unet", 1.4)
+    for cell in set(autoguidance.cells) - {first, second, broken}:
         cache.path(cell).touch()
-    main.make({"autoguidance": method}, cache, 2)
-    assert cache.missing(method.cells) == []
+    cache.path(broken).mkdir()  # so that it cannot be written
+    with pytest.raises(RuntimeError, match=rf"{broken.label} failed; the end of .*worker-\d\.log:(.|\n)*Error"):
+        main.make({"autoguidance": autoguidance}, cache, 2)
+    assert cache.missing(autoguidance.cells) == [broken]
     assert cache.load(first).pictures.shape == cache.load(second).pictures.shape == (32, 3, 32, 32)
-
-
-@pytest.mark.slow
-def test_a_worker_that_fails_says_why(effects, tmp_path):
-    main, method = effects["main"], effects["method"].methods()["autoguidance"]
-    cache = effects["cells"].Cache(tmp_path, 32)
-    cell = method.cells[0]
-    cache.path(cell).mkdir()  # so that it cannot be written
-    queue = main.SimpleQueue()
-    queue.put(cell)
-    with pytest.raises(RuntimeError, match=rf"{cell.label} failed; the end of .*worker-0\.log:(.|\n)*Error"):
-        main.feed(0, ["autoguidance"], method.cells, queue, cache, lambda count: None)
 
 
 # ------------------------------------------------------------------------------------------------------------- results
