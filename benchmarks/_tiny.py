@@ -1,6 +1,6 @@
 """Tiny models of the host's own classes, and its nodes called by their ids: what a program needs that knows nothing of this pack's modules.
 
-Run by ``run.py python`` or ``run.py bench``, which load the pack. Importing this loads the host's own extra nodes as well.
+Run by ``run.py python`` or ``run.py bench``, which load the pack.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import comfy.latent_formats
 import comfy.model_base
 import comfy.model_patcher
 import comfy.supported_models
+import comfy.utils
 import torch
 from torch import Tensor
 
@@ -26,10 +27,14 @@ KINDS = ("unet", "unet_v", "mmdit", "flux")  # eps, v, and two flow models
 CONTEXT = 32
 TOKENS = 5
 
-with contextlib.suppress(AttributeError):
+
+@functools.cache
+def prepare() -> None:
+    """Load the host's extra nodes, and have it work quietly in one thread: threads of networks this small wait for each other."""
+    torch.set_num_threads(1)
+    comfy.utils.PROGRESS_BAR_ENABLED = False
+    logging.getLogger().setLevel(logging.ERROR)
     asyncio.run(nodes.init_builtin_extra_nodes())
-torch.set_num_threads(1)  # networks this small lose most of their time to threads that wait for each other
-logging.getLogger().setLevel(logging.ERROR)
 
 
 class TinyUNet(comfy.supported_models.SD15):

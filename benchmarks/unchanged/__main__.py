@@ -40,6 +40,8 @@ def main() -> int:
             running["before"] = record(other, Path(name) / "before", other / "workflows", args.only, False)
         for when, process in running.items():
             if process.wait():
+                for other_process in running.values():
+                    other_process.terminate()
                 print(f"Recording {when} failed:", (Path(name) / when / "log").read_text()[-2000:], file=sys.stderr)
                 return 1
         if "before" in running:

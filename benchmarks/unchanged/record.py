@@ -22,7 +22,6 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
 import _tiny
 import cases
-import comfy.utils
 import safetensors.torch
 import templates
 
@@ -33,7 +32,7 @@ def main() -> None:
     parser.add_argument("workflows", type=Path)
     parser.add_argument("--only", default="")
     args = parser.parse_args()
-    comfy.utils.PROGRESS_BAR_ENABLED = False
+    _tiny.prepare()
     latents: list[Tensor] = []
     templates.recorded_latents(lambda latent: latents.append(latent))
     tensors: dict[str, Tensor] = {}
