@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,17 +34,21 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="PATTERN", help="cases whose names have this in them, such as samplers/unet or */apg")
     parser.add_argument("--verbose", action="store_true", help="show the cases while they are sampled, with their times")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the worktree is removed
     with tempfile.TemporaryDirectory() as name, worktree(args.against, Path(name) / "tree") as other:
         kept = cache_file(args.against, args.only)
         running = {"now": record(ROOT, Path(name) / "now", other / "workflows", args.only, args.verbose)}
         if not kept.is_file():
             running["before"] = record(other, Path(name) / "before", other / "workflows", args.only, False)
-        for when, process in running.items():
-            if process.wait():
-                for other_process in running.values():
-                    other_process.terminate()
-                print(f"Recording {when} failed:", (Path(name) / when / "log").read_text()[-2000:], file=sys.stderr)
-                return 1
+        try:
+            for when, process in running.items():
+                if process.wait():
+                    print(f"Recording {when} failed:", (Path(name) / when / "log").read_text()[-2000:], file=sys.stderr)
+                    return 1
+        finally:
+            for process in running.values():
+                process.kill()
+                process.wait()
         if "before" in running:
             kept.parent.mkdir(exist_ok=True)
             shutil.copy(Path(name) / "before" / FILE, kept)
@@ -56,8 +61,8 @@ def cache_file(revision: str, only: str) -> Path:
     """Where the recording of a revision is kept: what is recorded depends on it, on the recorder's own code, and on the host."""
     commit = git("rev-parse", f"{revision}^{{commit}}", capture_output=True, text=True).stdout.strip()
     parts = hashlib.sha256(f"{only} {torch.__version__} {Path(os.environ['COMFYUI_PATH']).resolve()}".encode())
-    for file in (FOLDER.parent / "_tiny.py", *sorted(FOLDER.glob("*.py"))):
-        parts.update(file.read_bytes())
+    for file in ("../_tiny", "cases", "record", "rules", "templates"):
+        parts.update((FOLDER / f"{file}.py").read_bytes())
     return Path(os.environ["LODESTAR_CACHE"]) / "unchanged" / f"{commit[:12]}-{parts.hexdigest()[:12]}.safetensors"
 
 
