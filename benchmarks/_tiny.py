@@ -10,7 +10,7 @@ import contextlib
 import functools
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import comfy.latent_formats
@@ -53,7 +53,7 @@ class TinyUNetV(TinyUNet):
     prediction = "V_PREDICTION"
 
 
-_UNET = {
+UNET = {
     "image_size": 8, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": [1, 1], "channel_mult": (1, 2),
     "transformer_depth": [1, 1], "transformer_depth_output": [1, 1, 1, 1], "transformer_depth_middle": 2,
     "use_spatial_transformer": True, "use_linear_in_transformer": False, "context_dim": CONTEXT, "legacy": False,
@@ -71,8 +71,8 @@ _FLUX = {
     "qkv_bias": True, "guidance_embed": True, "txt_ids_dims": [], "dtype": torch.float32,
 }  # fmt: skip
 _CONFIGS = {
-    "unet": (TinyUNet, _UNET),
-    "unet_v": (TinyUNetV, _UNET),
+    "unet": (TinyUNet, UNET),
+    "unet_v": (TinyUNetV, UNET),
     "mmdit": (comfy.supported_models.SD3, _MMDIT),
     "flux": (comfy.supported_models.Flux, _FLUX),
 }
@@ -81,19 +81,25 @@ _CONFIGS = {
 def build(kind: str, seed: int = 0) -> comfy.model_patcher.ModelPatcher:
     """A new model of one of KINDS on the CPU, with random weights."""
     family, settings = _CONFIGS[kind]
-    network = family(dict(settings)).get_model({}, device=torch.device("cpu"))
-    _fill(network.diffusion_model, seed)
+    return patcher(family(dict(settings)).get_model({}, device=torch.device("cpu")), seed)
+
+
+def patcher(network: comfy.model_base.BaseModel, seed: int = 0) -> comfy.model_patcher.ModelPatcher:
+    """A model with random weights in the host's ModelPatcher, on the CPU."""
+    fill(network.diffusion_model, seed)
     cpu = torch.device("cpu")
     return comfy.model_patcher.ModelPatcher(network.eval(), load_device=cpu, offload_device=cpu)
 
 
-@functools.cache
 def tiny(kind: str, seed: int = 0) -> comfy.model_patcher.ModelPatcher:
     """The same, made once."""
-    return build(kind, seed)
+    return _made(kind, seed)
 
 
-def _fill(network: torch.nn.Module, seed: int) -> None:
+_made = functools.cache(build)
+
+
+def fill(network: torch.nn.Module, seed: int) -> None:
     """Random weights for layers that the host leaves uninitialised: unit gain, so that attention and conditioning matter."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in network.named_parameters():
@@ -124,14 +130,23 @@ def latent(model: Any, batch: int = 1, height: int = 8, width: int = 8, seed: in
 class TinyVAE:
     """A VAE of 8 pixels to a latent pixel that needs no weights: colours are channels, sizes are averaged and repeated."""
 
+    device, vae_dtype, latent_dim = torch.device("cpu"), torch.float32, 2
+
     def __init__(self, channels: int) -> None:
         self.channels = channels
+        self.patcher = comfy.model_patcher.ModelPatcher(torch.nn.Linear(1, 1), load_device=self.device, offload_device=self.device)
 
     def spacial_compression_encode(self) -> int:
         """Pixels to a latent pixel."""
         return 8
 
     spacial_compression_decode = spacial_compression_encode
+
+    def memory_used_decode(self, shape: Sequence[int], dtype: torch.dtype) -> int:
+        """Next to nothing."""
+        return 1
+
+    memory_used_encode = memory_used_decode
 
     def decode(self, samples: Tensor) -> Tensor:
         """[B, C, h, w] to pictures [B, 8 h, 8 w, 3]."""

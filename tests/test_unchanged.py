@@ -69,6 +69,12 @@ def test_other_forward_passes():
     assert found == ("a", "the same result from other forward passes: 2 with 4 rows before, 3 with 6 rows now")
 
 
+def test_a_part_of_a_recording():
+    part = recording(two()).only("b")
+    assert list(part.tensors) == ["b#0", "b#1"] and list(part.rows) == ["b"]
+    assert report(part, recording(two()).only("b"))[0].startswith("1 cases (2 tensors), 1 bit-equal")
+
+
 def test_nothing_to_compare_is_no_success():
     assert not report(recording({}), recording({}))[1]
 

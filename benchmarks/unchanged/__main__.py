@@ -36,7 +36,8 @@ def main() -> int:
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the worktree is removed
     with tempfile.TemporaryDirectory() as name, worktree(args.against, Path(name) / "tree") as other:
-        kept = cache_file(args.against, args.only)
+        whole = cache_file(args.against, "")
+        kept = whole if whole.is_file() else cache_file(args.against, args.only)
         running = {"now": record(ROOT, Path(name) / "now", other / "workflows", args.only, args.verbose)}
         if not kept.is_file():
             running["before"] = record(other, Path(name) / "before", other / "workflows", args.only, False)
@@ -52,7 +53,7 @@ def main() -> int:
         if "before" in running:
             kept.parent.mkdir(exist_ok=True)
             shutil.copy(Path(name) / "before" / FILE, kept)
-        text, equal = report(Recording.load(kept), Recording.load(Path(name) / "now" / FILE))
+        text, equal = report(Recording.load(kept).only(args.only), Recording.load(Path(name) / "now" / FILE))
     print(text)
     return 0 if equal else 1
 

@@ -26,17 +26,17 @@ def cases() -> dict[str, Case]:
     found: dict[str, Case] = {}
     for kind in KINDS:
         whole = kind == "unet"
-        for names in ("", *SINGLE, *(COMBINED if kind != "unet_v" else COMBINED[:6]), "pag_layers"):
+        for names in ("", *SINGLE, *(COMBINED if kind in ("unet", "flux") else COMBINED[:6]), "pag_layers"):
             found[f"rules/{kind}/euler/{names or 'none'}"] = functools.partial(sampled, kind, names)
         for sampler in SAMPLERS if whole else FEW_SAMPLERS:
-            for names in ("apg+pag", "interval+ag", "apg_window+pag_window+auto+ag_same")[0 if whole else 1 :]:
+            for names in ("interval+ag", "apg_window+pag_window+auto+ag_same")[0 if whole else 1 :]:
                 found[f"samplers/{kind}/{sampler}/{names}"] = functools.partial(sampled, kind, names, sampler)
-        for sampler in ("heun", "dpmpp_2m", "uni_pc"):
-            for names in ("linear", "linear_cfg+pag"):
-                found[f"learned/{kind}/{sampler}/{names}"] = functools.partial(sampled, kind, names, sampler)
+        for sampler in ("ddim", "dpmpp_2m"):
+            found[f"learned/{kind}/{sampler}/linear"] = functools.partial(sampled, kind, "linear_cfg+pag", sampler)
         found[f"learned/{kind}/dpmpp_2m/policy"] = functools.partial(sampled, kind, "policy+apg", "dpmpp_2m")
-        setups = _setups(("", "apg+pag", "fa+pag+ag", ALL) if whole else (ALL,))
-        for name, case in (setups | _cfgpp(SOLVERS if kind in ("unet", "mmdit") else ("euler", "dpmpp_2m_sde")) | _large()).items():
+        setups = _setups(("", "fa+pag+ag", ALL) if whole else (ALL,) if kind != "unet_v" else ())
+        large = _large() if kind != "unet_v" else {}
+        for name, case in (setups | _cfgpp(SOLVERS if kind in ("unet", "flux") else SOLVERS[:1]) | large).items():
             group, _, rest = name.partition("/")
             found[f"{group}/{kind}/{rest}"] = functools.partial(case, kind)
     return found
@@ -177,11 +177,11 @@ def _compared(kind: str) -> None:
 def _cfgpp(solvers: Sequence[str]) -> dict[str, Callable[[str], Any]]:
     found: dict[str, Callable[[str], Any]] = {}
     for solver in solvers:
-        for names in ("", "pag+auto", "interval"):
+        for names in ("pag+auto", "interval"):
             found[f"cfgpp/{solver}/{names or 'none'}"] = functools.partial(_cfgpp_sampled, names=names, sampler=solver)
         found[f"cfgpp/{solver}/mask"] = functools.partial(_cfgpp_sampled, names="", sampler=solver, masked=True)
         found[f"cfgpp/{solver}/lambda1"] = functools.partial(_cfgpp_sampled, names="pag", sampler=solver, lambda_=1.0, eta=0.3)
-        found[f"cfgpp/{solver}/guided"] = functools.partial(_cfgpp_sampled, names="", sampler=solver, lambda_=0.3, history="guided")
+        found[f"cfgpp/{solver}/history"] = functools.partial(_cfgpp_sampled, names="", sampler=solver, lambda_=0.3, history="guided")
     found["cfgpp/apg"] = functools.partial(_cfgpp_sampled, names="apg", sampler="euler")
     found["cfgpp/inversion"] = functools.partial(_inverted, names="")
     found["cfgpp/inversion_pag"] = functools.partial(_inverted, names="pag+auto")

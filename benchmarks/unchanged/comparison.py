@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,12 @@ class Recording:
             about: dict[str, Any] = json.loads(file.metadata()["about"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return cls(tensors, about["rows"], about["raised"], about["sha256"])
+
+    def only(self, pattern: str) -> Recording:
+        """The cases whose names match, as record.py's --only has it."""
+        rows = {case: rows for case, rows in self.rows.items() if fnmatch(case, f"*{pattern}*")}
+        tensors = {name: tensor for name, tensor in self.tensors.items() if name.rpartition("#")[0] in rows}
+        return replace(self, tensors=tensors, rows=rows)
 
     def tensors_of(self, case: str) -> list[str]:
         """The names of a case's tensors, in order."""
