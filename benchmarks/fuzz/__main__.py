@@ -133,7 +133,7 @@ def parts(graph: Graph) -> Iterator[Graph]:
     name, inputs = graph.sampling
     if inputs["sampler_name"] != "euler":
         yield replace(graph, sampling=(name, {**inputs, "sampler_name": "euler"}))
-    if name != "KSampler" and "guider" not in inputs:
+    if name != "KSampler":
         kept = {key: inputs[key] for key in ("sampler_name", "scheduler", "steps", "cfg", "seed", "denoise") if key in inputs}
         yield replace(graph, sampling=("KSampler", kept))
 

@@ -37,8 +37,10 @@ def build(graph: Graph) -> Built:
     for name, inputs in graph.chain:
         if name == "lora":
             model = material.with_patch(model, inputs["seed"])
+        elif name == "deepcopy":
+            model = material.with_copied_options(model)
         else:
-            model = call(name, model=model, **{key: _resolved(value, graph, latent) for key, value in inputs.items()})[0]
+            model = call(name, model=model, **{key: _resolved(value, graph, latent, model) for key, value in inputs.items()})[0]
     name, inputs = graph.sampling
     return Built(model, lambda: SAMPLING[name](model, positive, negative, latent, **inputs))
 
@@ -53,25 +55,26 @@ def plain(graph: Graph) -> Graph:
     graph = without_us(graph)
     name, inputs = graph.sampling
     kept = {key: inputs[key] for key in ("sampler_name", "scheduler", "steps", "cfg", "seed", "denoise") if key in inputs}
+    if "lambda_" in inputs:  # nodes of the host see it as the cfg
+        kept["cfg"] = inputs["lambda_"]
     if name in ("cfgpp", "invert", "frecas", "compare"):
         return replace(graph, sampling=("KSampler", kept if name == "compare" else {**kept, "sampler_name": "euler"}))
     return graph
 
 
-def _resolved(value: Any, graph: Graph, latent: dict[str, Any]) -> Any:
+def _resolved(value: Any, graph: Graph, latent: dict[str, Any], model: Any) -> Any:
     if value == WEAK:
         return material.model(graph.kind, 7)
     if value == EMPTY:
         return material.prompt(graph.kind, 6, graph.latent.get("frames", 1))
     if value in (FIT, POLICY):
-        return _learned(graph, latent)[value]()
+        return _learned(graph, latent, model)[value]()
     return value
 
 
-def _learned(graph: Graph, latent: dict[str, Any]) -> dict[str, Callable[[], Any]]:
-    """What a fit or a search finds for the graph's sampler and schedule on the model alone."""
+def _learned(graph: Graph, latent: dict[str, Any], model: Any) -> dict[str, Callable[[], Any]]:
+    """What a fit or a search finds for the graph's sampler and schedule on the model as it is so far."""
     inputs, frames = graph.sampling[1], graph.latent.get("frames", 1)
-    model = material.model(graph.kind)
     empty = {"samples": torch.zeros_like(latent["samples"])}
     common = {
         "model": [model], "positive": [material.prompt(graph.kind, 1, frames)], "negative": [material.prompt(graph.kind, 2, frames)],
@@ -138,6 +141,7 @@ def _latent(graph: Graph, frames: int) -> dict[str, Any]:
     samples = material.empty_latent(graph.kind, about["batch"], about["height"], about["width"], frames)
     if about.get("filled"):
         samples = torch.randn(samples.shape, generator=torch.Generator().manual_seed(9))
+        samples *= 0.5 * 2.0 ** torch.arange(len(samples)).view(-1, *[1] * (samples.ndim - 1))  # images that are not alike
     latent: dict[str, Any] = {"samples": samples}
     if "mask" in about:
         (latent,) = call("SetLatentNoiseMask", samples=latent, mask=mask(about["mask"], graph))
@@ -160,7 +164,7 @@ def mask(name: str, graph: Graph) -> Tensor:
 
 @cache
 def _sampler(name: str) -> Any:
-    return call("KSamplerSelect", sampler_name=name)[0]
+    return call(name)[0] if name.startswith("Sampler") else call("KSamplerSelect", sampler_name=name)[0]
 
 
 def _sigmas(model: Any, scheduler: str, steps: int, denoise: float = 1.0) -> Tensor:
@@ -204,12 +208,15 @@ def _guider(
 
 def _cfgpp(
     model: Any, positive: list, negative: list, latent: dict, scheduler: str, steps: int, seed: int, solver: str, lambda_: float,
-    history: str, add_noise: bool = True, sigmas: Tensor | None = None, **_: Any,
+    history: str, repeated: bool, **_: Any,
 ) -> list[Tensor]:  # fmt: skip
+    sigmas = _sigmas(model, scheduler, steps)
+    if repeated:  # as some schedulers of other packs make them
+        sigmas = torch.cat((sigmas[:2], sigmas[1:]))
     (sampler,) = call("LodestarCFGPP", sampler=solver, lambda_=lambda_, history=history)
     out = call(
-        "SamplerCustom", model=model, add_noise=add_noise, noise_seed=seed, cfg=1.0, positive=positive, negative=negative, sampler=sampler,
-        sigmas=_sigmas(model, scheduler, steps) if sigmas is None else sigmas, latent_image=latent,
+        "SamplerCustom", model=model, add_noise=True, noise_seed=seed, cfg=1.0, positive=positive, negative=negative, sampler=sampler,
+        sigmas=sigmas, latent_image=latent,
     )  # fmt: skip
     return [one["samples"] for one in out]
 

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
@@ -79,49 +79,84 @@ def _checked(graph: Graph) -> tuple[str, str]:
         raise Failure("left on the MODEL: other options than before")
     _check_finite(graph, first)
     _check_count(graph, built, first, seen)
-    try:
-        _check_again(built.sample, first, "a second run")
-    except Failure:
-        if not _differs_by_itself(graph):
-            raise
-    chain = list(graph.chain)
+    _check_repeats(graph, built, first)
     rng = Random(graph.seed)
-    chain.insert(rng.randint(0, len(chain)), added := neutral(rng))
-    try:
-        again = build(replace(graph, chain=tuple(chain))).sample
-        _check_again(again, first, f"with a neutral {added[0]}")
-    except Failure:
-        raise
-    except Exception as error:
-        raise Failure(f"a neutral {added[0]} in the chain raises {described(error)}") from error
+    added = neutral(rng)
+    chain = list(graph.chain)
+    chain.insert(rng.randint(0, len(chain)), added)
+    _check_equal(lambda: build(replace(graph, chain=tuple(chain))).sample(), first, f"with a neutral {added[0]}")
+    if graph.latent.get("mask") == "ones" and graph.guided:
+        _check_mask(graph, first)
     return OK, ""
 
 
-def _check_again(sample: Any, first: list[Tensor], when: str) -> None:
+def _check_equal(sample: Callable[[], list[Tensor]], first: list[Tensor], when: str) -> None:
     try:
         again = sample()
     except Exception as error:
-        raise Failure(f"{when} raises {described(error)}") from error
+        raise Failure(f"{when}: {described(error)}") from error
     if len(again) != len(first) or not all(same(a, b) for a, b in zip(first, again, strict=True)):
         largest = max((float((a - b).abs().max()) for a, b in zip(first, again, strict=True) if a.shape == b.shape), default=0.0)
-        raise Failure(f"{when} differs (by {largest:.2g})")
-
-
-def _differs_by_itself(graph: Graph) -> bool:
-    """Whether the host's nodes alone give something else in a second run: some keep what they have seen."""
-    try:
-        alone = build(without_us(graph))
-        _check_again(alone.sample, alone.sample(), "a second run")
-    except Failure:
-        return True
-    except Exception:
-        return False
-    return False
+        raise Failure(f"{when}: another result (by {largest:.2g})")
 
 
 def same(a: Tensor, b: Tensor) -> bool:
     """Bit-equal; values that are not numbers are equal to each other."""
     return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def _check_repeats(graph: Graph, built: Built, first: list[Tensor]) -> None:
+    """A second run is equal, also after one that was stopped or ran out of memory; unless the host's nodes keep something themselves."""
+    stop = {0: comfy.model_management.InterruptProcessingException(), 1: comfy.model_management.OOM_EXCEPTION("out of memory")}
+    error = stop.get(graph.seed % 4)
+    when = "a second run" if error is None else f"a second run after {type(error).__name__}"
+    try:
+        if error is not None:
+            _stopped(graph, built, error)
+        _check_equal(built.sample, first, when)
+    except Failure:
+        with contextlib.suppress(Exception):
+            alone = build(without_us(graph))
+            result = alone.sample()
+            try:
+                if error is not None:
+                    _stopped(graph, alone, error)
+                _check_equal(alone.sample, result, when)
+            except Failure:
+                return
+        raise
+
+
+def _stopped(graph: Graph, built: Built, error: BaseException) -> None:
+    """A run that ends with an error in the second call of the network."""
+    calls: list[int] = []
+
+    def stop(network: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+
+    handles = [model.model.diffusion_model.register_forward_pre_hook(stop, with_kwargs=True) for model in _models(graph)]
+    try:
+        built.sample()
+    except type(error):
+        pass
+    except Exception as other:
+        raise Failure(f"{type(error).__name__} becomes {described(other)}") from other
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check_mask(graph: Graph, first: list[Tensor]) -> None:
+    """A mask of ones changes nothing, unless the host's own nodes make something of it."""
+    bare = {key: value for key, value in graph.latent.items() if key != "mask"}
+    try:
+        _check_equal(build(replace(graph, latent=bare)).sample, first, "without the mask of ones")
+    except Failure:
+        alone = without_us(graph)
+        if all(map(same, build(alone).sample(), build(replace(alone, latent=bare)).sample())):
+            raise
 
 
 def _check_finite(graph: Graph, results: list[Tensor]) -> None:
@@ -138,7 +173,10 @@ def _check_count(graph: Graph, built: Built, results: list[Tensor], seen: tuple[
     name, inputs = graph.sampling
     if not graph.guided or name == "compare" or inputs.get("split"):
         return
-    _, _, table = call("LodestarReport", model=built.model, latent={"samples": results[0]})
+    try:
+        _, _, table = call("LodestarReport", model=built.model, latent={"samples": results[0]})
+    except Exception as error:
+        raise Failure(f"the report: {described(error)}") from error
     told = tuple(int(re.search(rf"^{word} +(\d+)", table, re.MULTILINE)[1]) for word in ("calls", "rows"))
     if told != seen:
         raise Failure(f"the report says {told[0]} calls with {told[1]} rows, the networks saw {seen[0]} with {seen[1]}")

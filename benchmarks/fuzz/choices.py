@@ -10,6 +10,10 @@ Piece = tuple[str, dict[str, Any]]  # a node id and its inputs; "@..." stands fo
 WEAK, NEGATIVE, MASK, FIT, POLICY, EMPTY = "@weak", "@negative", "@mask", "@coefficients", "@policy", "@empty"
 OURS = "Lodestar"
 KINDS = ("unet", "unet_v", "mmdit", "flux", "wan", "svd")
+# Between these cosines the images of a batch switch at different steps.
+COSINES = {
+    "unet": (0.86, 0.95), "unet_v": (0.55, 0.85), "mmdit": (0.82, 0.95), "flux": (0.86, 0.96), "wan": (0.88, 0.95), "svd": (0.4, 0.6),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ def _values(values: dict[str, Any]) -> str:
 def random_graph(seed: int) -> Graph:
     """The graph of a seed."""
     rng = Random(seed)
-    kind = rng.choices(KINDS, (5, 2, 4, 4, 2, 1))[0]
+    kind = rng.choices(KINDS, (5, 2, 4, 4, 2, 1.5))[0]
     length = rng.choices(range(7), (2, 4, 5, 4, 3, 2, 1))[0]
     chain = tuple(_ours(rng, kind) if rng.random() < 0.6 else _host(rng, kind) for _ in range(length))
     latent = _latent(rng, kind)
@@ -88,7 +92,8 @@ def _ours(rng: Random, kind: str) -> Piece:
         "Autoguidance": lambda: {"weak_model": WEAK, "scale": rng.choice((1.0, 1.5, 2.0)), **_window(rng)},
         "GuidanceInterval": lambda: {"start_percent": 0.2, "end_percent": 0.7, **_window(rng)},
         "AdaptiveGuidance": lambda: {
-            "threshold": rng.choice((-1.0, 0.5, 0.8, 0.95, 1.001)), "space": rng.choice(("denoised", "noise", "velocity")),
+            "threshold": rng.choice((-1.0, 1.001, *[round(rng.uniform(*COSINES[kind]), 3)] * 4)),
+            "space": rng.choice(("denoised", "denoised", "noise", "velocity")),
             "switch": rng.choice(("next_step", "same_step")), "stop_terms": rng.random() < 0.3,
         },
         "FrequencyGuidance": lambda: {"low_scale": rng.choice((1.0, 4.0)), "high_scale": 6.0, "low_width": 32, "low_height": 32},
@@ -99,9 +104,11 @@ def _ours(rng: Random, kind: str) -> Piece:
 
 
 def _layers(rng: Random, kind: str) -> str:
+    if rng.random() < 0.02:
+        return "double:99"  # there is none
     if kind in ("unet", "unet_v", "svd"):
         return rng.choice(("auto", "middle", "input:1", "output:0, output:2", "middle, output:1"))
-    return rng.choice(("auto", "auto", "double:1", "single:0", "double:0-1"))
+    return rng.choice(("auto", "auto", "double:1", "double:0-1", *(("single:0",) if kind == "flux" else ())))
 
 
 def neutral(rng: Random) -> Piece:
@@ -148,6 +155,7 @@ def _host(rng: Random, kind: str) -> Piece:
         ("ContextWindowsManual", window),
         ("ModelNoiseScale", {"noise_scale": 0.9}),
         ("lora", {"seed": rng.randrange(9)}),
+        ("deepcopy", {}),
         ("SkipLayerGuidanceDiTSimple", skipped),
         ("SkipLayerGuidanceDiT", {**skipped, "scale": 1.5}),
     ]
@@ -191,6 +199,8 @@ def _conditioning(rng: Random, kind: str, share: float) -> list[Piece]:
         ("hooks", seed),
         ("zero", {}),
     ]
+    if kind == "wan":  # areas and masks are for pictures
+        found = found[3:]
     if kind == "unet":
         found += [("control", {"strength": 0.5, "end_percent": rng.choice((0.5, 1.0))})] * 2 + [("gligen", {})] * 2
     if kind == "flux":
@@ -222,6 +232,7 @@ SAMPLERS = (
     "ipndm", "ipndm_v", "deis", "res_multistep", "res_multistep_ancestral", "gradient_estimation", "er_sde", "seeds_2", "seeds_3",
     "sa_solver", "sa_solver_pece", "ddim", "uni_pc", "uni_pc_bh2", "euler_cfg_pp", "dpmpp_2m_cfg_pp",
 )  # fmt: skip
+SAMPLER_NODES = ("SamplerLCMUpscale", "SamplerEulerCFGpp", "SamplerLMS", "SamplerDPMPP_2S_Ancestral", "SamplerER_SDE", "SamplerSASolver")
 SCHEDULERS = (
     "normal",
     "normal",
@@ -249,11 +260,13 @@ def _sampling(rng: Random, kind: str, latent: dict[str, Any]) -> Piece:
     elif name == "KSamplerAdvanced":
         inputs.update(start_at_step=rng.choice((0, 1)), end_at_step=rng.choice((2, 10)), steps=4)
     elif name == "guider":
+        inputs["sampler_name"] = rng.choice((*SAMPLERS, *SAMPLER_NODES))
         inputs["guider"] = rng.choice(("CFGGuider", "CFGGuider", "DualCFGGuider", "BasicGuider", "PerpNegGuider"))
         inputs["split"] = rng.random() < 0.2
     elif name == "cfgpp":
         inputs["solver"] = rng.choice(("euler", "euler_ancestral", "dpmpp_2m", "dpmpp_2s_ancestral", "dpmpp_2m_sde"))
         inputs.update(lambda_=rng.choice((0.0, 0.3, 0.6, 1.0)), history=rng.choice(("unconditional", "guided")))
+        inputs["repeated"] = rng.random() < 0.1
     elif name == "invert":
         inputs["lambda_"] = rng.choice((0.0, 0.4, 1.0))
     elif name == "frecas":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any, ClassVar
 
@@ -84,6 +85,13 @@ def with_patch(patcher: Any, seed: int) -> Any:
     clone = patcher.clone()
     key, delta = _change(patcher, seed)
     clone.add_patches({key: ("diff", (delta,))}, 1.0)
+    return clone
+
+
+def with_copied_options(patcher: Any) -> Any:
+    """A clone whose options are copied deeply, as other packs do it."""
+    clone = patcher.clone()
+    clone.model_options = copy.deepcopy(clone.model_options)
     return clone
 
 

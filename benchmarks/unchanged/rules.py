@@ -7,8 +7,8 @@ from typing import Any
 
 from _tiny import call, cond, latent, tiny
 
-# Cosines at which some images of the tiny models switch in the middle of a run.
-THRESHOLDS = {"unet": 0.7, "unet_v": 0.9, "mmdit": 0.6, "flux": 0.6}
+# Cosines at which the images of a batch of two switch at different steps.
+THRESHOLDS = {"unet": 0.92, "unet_v": 0.65, "mmdit": 0.875, "flux": 0.95}
 NODES: dict[str, tuple[str, dict[str, Any]]] = {
     "apg": ("LodestarAPG", {"norm_threshold": 5.0}),
     "apg_window": ("LodestarAPG", {"eta": 0.3, "norm_threshold": 3.0, "momentum": -0.75, "start_percent": 0.2, "end_percent": 0.7}),
@@ -33,7 +33,7 @@ NODES: dict[str, tuple[str, dict[str, Any]]] = {
     "linear_cfg": ("LodestarLinearAG", {"second_half": "cfg"}),
     "policy": ("LodestarGuidancePolicy", {}),
 }
-LAYERS = {"unet": "output:0", "unet_v": "input:4, middle:0", "mmdit": "double:0-1", "flux": "single:1"}
+LAYERS = {"unet": "output:0", "unet_v": "input:3, middle:0", "mmdit": "double:0-1", "flux": "single:1"}
 SINGLE = tuple(NODES)
 COMBINED = (
     "apg+pag", "pag+apg", "apg+auto", "pag+auto", "auto+pag", "apg+pag+auto", "apg+interval", "pag+interval_early", "apg+ag",
