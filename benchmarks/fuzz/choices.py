@@ -232,7 +232,7 @@ SAMPLERS = (
     "ipndm", "ipndm_v", "deis", "res_multistep", "res_multistep_ancestral", "gradient_estimation", "er_sde", "seeds_2", "seeds_3",
     "sa_solver", "sa_solver_pece", "ddim", "uni_pc", "uni_pc_bh2", "euler_cfg_pp", "dpmpp_2m_cfg_pp",
 )  # fmt: skip
-SAMPLER_NODES = ("SamplerLCMUpscale", "SamplerEulerCFGpp", "SamplerLMS", "SamplerDPMPP_2S_Ancestral", "SamplerER_SDE", "SamplerSASolver")
+SAMPLER_NODES = ("SamplerLCMUpscale", "SamplerEulerCFGpp", "SamplerLMS", "SamplerDPMPP_2S_Ancestral", "SamplerER_SDE")
 SCHEDULERS = (
     "normal",
     "normal",
