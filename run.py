@@ -22,7 +22,7 @@ sys.dont_write_bytecode = True  # nothing is written outside the cache
 from workshop.caching import cache_folder, cache_root  # noqa: E402
 from workshop.hosting import find_host  # noqa: E402
 from workshop.releases import NEWEST, OLDEST, RELEASES, ROOT, Host, SetupError  # noqa: E402
-from workshop.serving import ServerError, server  # noqa: E402
+from workshop.serving import ServerError, patient_threads, server  # noqa: E402
 
 COMMANDS = {  # what each does, and an example
     "demo": ("make a comparison picture with all guidance methods", 'demo --prompt "a small red disc on a grey background"'),
@@ -175,7 +175,7 @@ def launch(host: Host, mode: str, *args: str | Path) -> int:
 
 
 def host_environment(host: Host) -> dict[str, str]:
-    variables = {"COMFYUI_PATH": str(host.comfy), "LODESTAR_CACHE": str(cache_root()), "PYTHONDONTWRITEBYTECODE": "1"}
+    variables = {"COMFYUI_PATH": str(host.comfy), "LODESTAR_CACHE": str(cache_root()), "PYTHONDONTWRITEBYTECODE": "1", **patient_threads()}
     if host.extra:
         variables["PYTHONPATH"] = os.pathsep.join(filter(None, (str(host.extra), os.environ.get("PYTHONPATH"))))
     for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):  # glibc: keep freed memory, or every large tensor is paged in anew

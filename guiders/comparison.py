@@ -56,6 +56,12 @@ class Comparison:
     scheduler: str
     denoise: float = 1.0
 
+    @property
+    def settings(self) -> str:
+        """The numbers in one line, for people."""
+        solver = f"{self.steps} steps of {self.sampler_name} ({self.scheduler})"
+        return f"seed {self.seed}, {solver}, cfg {self.cfg:g}, denoise {self.denoise:g}"
+
     def run(self, models: Sequence[NamedModel]) -> list[Sampled]:
         """Sample every model. Raises ValueError naming the one that is refused; most refusals come before anything is sampled."""
         for named in models:
@@ -118,8 +124,8 @@ def _describe(rule: Rule) -> str:
     settings = [text for field in fields(rule) if (text := _setting(field, getattr(rule, field.name)))]
     layers = getattr(getattr(rule, "perturbation", None), "layers", ())
     if layers:
-        places = (f"{layer.stack}:{layer.block}" + (f".{layer.sub}" if layer.sub else "") for layer in layers)
-        settings.append(f"layers {', '.join(places)}")
+        names = (f"{layer.stack}:{layer.block}" + (f".{layer.sub}" if layer.sub else "") for layer in layers)
+        settings.append(f"layers {', '.join(names)}")
     return f"{rule.short}: {', '.join(settings)}" if settings else rule.short
 
 

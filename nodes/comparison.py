@@ -65,24 +65,17 @@ class LodestarCompare(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(
-        cls, models: io.Autogrow.Type, positive: list, negative: list, latent_image: dict[str, Any], vae: Any, seed: int, steps: int,
-        cfg: float, sampler_name: str, scheduler: str, denoise: float, labels: str,
-    ) -> io.NodeOutput:  # fmt: skip
+    def execute(cls, models: io.Autogrow.Type, latent_image: dict[str, Any], vae: Any, labels: str, **settings: Any) -> io.NodeOutput:
         """Sample all columns, then decode them, so that the VAE is loaded once."""
+        shared = comparison.Comparison(latent=latent_image, **settings)
         connected = {socket: model for socket, model in models.items() if model is not None}
-        names = {socket: _label(labels, socket) or comparison.describe(model, cfg) for socket, model in connected.items()}
-        settings = comparison.Comparison(
-            positive=positive, negative=negative, latent=latent_image, seed=seed, steps=steps, cfg=cfg, sampler_name=sampler_name,
-            scheduler=scheduler, denoise=denoise,
-        )  # fmt: skip
-        sampled = settings.run([comparison.NamedModel(_called(socket, names[socket]), model) for socket, model in connected.items()])
+        names = {socket: _label(labels, socket) or comparison.describe(model, shared.cfg) for socket, model in connected.items()}
+        sampled = shared.run([comparison.NamedModel(_called(socket, names[socket]), model) for socket, model in connected.items()])
         columns = [
             LabelledPictures(name, _decode(vae, one.samples), one.nfe, one.seconds)
             for name, one in zip(names.values(), sampled, strict=True)
         ]
-        settings_text = f"seed {seed}, {steps} steps of {sampler_name} ({scheduler}), cfg {cfg:g}, denoise {denoise:g}"
-        return io.NodeOutput(draw(columns, settings_text), table(columns, settings_text))
+        return io.NodeOutput(draw(columns, shared.settings), table(columns, shared.settings))
 
 
 def _label(labels: str, socket: str) -> str:

@@ -91,14 +91,10 @@ class LodestarFreCaS(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: Any, positive: list, negative: list, vae: Any, seed: int, cfg: float, sampler: str, scheduler: str, stages: str,
-        gamma: float, high_scale: float, map_weight: float, resize: str, batch_size: int, latent: dict[str, Any] | None = None,
+        cls, positive: list, negative: list, seed: int, stages: str, batch_size: int, latent: dict[str, Any] | None = None, **settings: Any
     ) -> io.NodeOutput:  # fmt: skip
-        """Run all stages."""
-        cascade = Cascade.read(
-            stages, model=model, vae=vae, cfg=cfg, sampler=sampler, scheduler=scheduler, gamma=gamma, high_scale=high_scale,
-            map_weight=map_weight, resize=resize, node=graph_id(cls),
-        )  # fmt: skip
+        """Run all stages; the other inputs are fields of the cascade."""
+        cascade = Cascade.read(stages, node=graph_id(cls), **settings)
         results = cascade.sample(positive, negative, seed, cascade.latent(latent, batch_size))
         return io.NodeOutput(results[-1], results)
 

@@ -139,6 +139,27 @@ def test_the_readmes_costs_are_those_of_the_results(host):
     assert [[float(cell.rstrip("%")) for cell in row[2:]] for row in rows] == [pytest.approx(share, abs=1) for share in shares]
 
 
+@pytest.mark.parametrize(
+    ("page", "pattern", "name"),
+    [
+        ("LodestarAdaptiveGuidance", r"SSIM of (0\.\d+)|and (0\.\d+) for the mmdit", "effects"),
+        ("LodestarAdaptiveGuidance", r"\*\*(0\.99\d\d)\*\*", "gamma"),
+        ("LodestarLinearAG", r"\+(0\.\d{3})", "effects"),
+        ("LodestarPolicySearch", r"\+(0\.\d{3})", "effects"),
+        ("LodestarPolicySearch", r"(\d\.\d) GiB", "search_memory"),
+    ],
+)
+def test_numbers_on_help_pages_are_those_of_the_results(host, page, pattern, name):
+    found = {
+        number
+        for groups in re.findall(pattern, read(ROOT / "js" / "docs" / f"{page}.md"))
+        for number in ([groups] if isinstance(groups, str) else groups)
+        if number
+    }
+    measured = set(re.findall(r"\d+\.\d+", part(RESULTS, name)))
+    assert len(found) >= 2 and found <= measured, found - measured
+
+
 def test_a_part_is_replaced_and_nothing_else(host, tmp_path):
     from lodestar.benchmarks import _results
 

@@ -46,14 +46,8 @@ from lodestar.guiders.shapers.apg import APG, projected_update
 from lodestar.guiders.terms.autoguidance import Autoguidance
 from lodestar.guiders.terms.pag import PAG
 
-__all__ = [
-    "comfy",
-    "comfyui_version",
-    "custom",
-    "node_helpers",
-    "nodes",
-    "perpneg",
-]  # for tests, which must not import the host before this
+# For tests, which must not import the host before this.
+__all__ = ["comfy", "comfyui_version", "custom", "node_helpers", "nodes", "perpneg"]
 
 torch.set_num_threads(1)  # networks this small lose most of their time to threads that wait for each other
 

@@ -107,7 +107,7 @@ def _call(run: Run, calc: Calc, asked: _Asked, x: Tensor, timestep: Tensor, opti
     evaluation.cond, evaluation.others = out[asked.positive], dict(zip(own, extra, strict=True))
     for branch in evaluation.branches:
         if branch.model is not None:
-            evaluation.others[branch] = run.weak[branch.model].predict(x, timestep, choice.terms)
+            evaluation.others[branch] = run.weak_models[branch.model].predict(x, timestep, choice.terms)
     return out
 
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from .choice import Choice
 from .curves import Quantity
-
-if TYPE_CHECKING:
-    from .plan import GuidancePlan
 
 
 @dataclass(frozen=True)
@@ -64,15 +61,15 @@ def _points(curve: Mapping[int, float]) -> list[list[float | None]]:
     return [[step, value if math.isfinite(value) else None] for step, value in curve.items()]
 
 
-_LOGS: WeakKeyDictionary[GuidancePlan, RunLog] = WeakKeyDictionary()
+_LOGS: WeakKeyDictionary[object, RunLog] = WeakKeyDictionary()  # by GuidancePlan, which is made of more than this file knows
 
 
-def last_log(plan: GuidancePlan) -> RunLog | None:
+def last_log(plan: object) -> RunLog | None:
     """The log of the last run that used this plan."""
     return _LOGS.get(plan)
 
 
-def publish(plan: GuidancePlan, log: RunLog) -> None:
+def publish(plan: object, log: RunLog) -> None:
     """From now on this is the last log of the plan."""
     _LOGS[plan] = log
 

@@ -20,52 +20,61 @@ from .choice import Rows
 from .keys import LABELS, LODESTAR, NARROWED, RUN, options_of, with_options
 from .run import Run
 
+Groups = list[tuple[list[int], list[int]]]  # chunks of a batch, and the rows that they need
+
 
 def outermost(wrappers: dict[str, list], ours: list) -> dict[str, list]:
     """Wrappers of one kind with ours around the others: rows are still the sampler's there, and the others see no row that is left out."""
     return {LODESTAR: ours} | {key: others for key, others in wrappers.items() if key != LODESTAR}
 
 
-def apply_model(executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def apply_model(executor: Callable, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """APPLY_MODEL wrapper: leaves out rows, counts, applies variants to the rows of their branches."""
     options = options_of(args, kwargs)
     run = options.get(RUN)
     if run is None:  # called outside of a sampling run
         return executor(x, t, *args, **kwargs)
+    labels = _labels(options)
+    groups = _groups([run.evaluation.call.rows_of(label) for label in labels], len(x) / len(labels))
+    if groups is not None:
+        return _in_parts(run, executor, groups, x, t, args, kwargs)
+    run.count(len(x), len(labels))
+    return _with_variants(run, executor, x, t, options, args, kwargs)
 
-    fused = run.evaluation.call
 
-    def call(x: Tensor, t: Tensor, options: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        branches = [fused.branch_of(label) for label in _labels(options)]
-        for variant in dict.fromkeys(branch.variant for branch in branches if branch is not None):
-            options = variant.patch(options, [branch is not None and branch.variant == variant for branch in branches])
-        args, kwargs = with_options(options, args, kwargs)
-        return executor(x, t, *args, **kwargs)
+def _with_variants(
+    run: Run, executor: Callable, x: Tensor, t: Tensor, options: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor:
+    """One model call, with each branch's change of the network in its own chunks."""
+    branches = [run.evaluation.call.branch_of(label) for label in _labels(options)]
+    for variant in dict.fromkeys(branch.variant for branch in branches if branch is not None):
+        options = variant.patch(options, [branch is not None and branch.variant == variant for branch in branches])
+    args, kwargs = with_options(options, args, kwargs)
+    return executor(x, t, *args, **kwargs)
 
-    chunks = len(_labels(options))
-    groups = _groups([fused.rows_of(label) for label in _labels(options)], len(x) / chunks)
-    if groups is None:
-        run.count(len(x), chunks)
-        return call(x, t, options, args, kwargs)
-    constant = _constants(run)
-    out = None
-    for members, rows in groups:
-        batch = len(x) // chunks
-        indices = [batch * member + row for member in members for row in rows]
+
+def _in_parts(run: Run, executor: Callable, groups: Groups, x: Tensor, t: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """One model call for each group of chunks that need the same rows. The rows that nobody needs are zeros."""
+    options, constant, out = options_of(args, kwargs), _constants(run), None
+    batch = len(x) // len(_labels(options))
+    for chunks, rows in groups:
+        indices = [batch * chunk + row for chunk in chunks for row in rows]
         run.count(len(indices), len(indices) / batch)
         take = _Selection(len(x), on_device_of(x, indices))
         named = {name: value if name in constant else take(value) for name, value in kwargs.items()}
-        part = call(take(x), take(t), _narrowed(options, members, rows, batch), tuple(take(arg) for arg in args), named)
+        narrowed = _narrowed(options, chunks, rows, batch)
+        part = _with_variants(run, executor, take(x), take(t), narrowed, tuple(take(arg) for arg in args), named)
         out = part.new_zeros(len(x), *part.shape[1:]) if out is None else out
         out[take.indices] = part
     return out
 
 
 def _labels(options: dict[str, Any]) -> list[int]:
+    """The number of each chunk's list of conds, ours included."""
     return options.get(LABELS, options["cond_or_uncond"])
 
 
-def _groups(needed: list[Rows], batch: float) -> list[tuple[list[int], list[int]]] | None:
+def _groups(needed: list[Rows], batch: float) -> Groups | None:
     """Chunks that need the same rows, with these rows; None where every chunk needs all of them.
 
     Also None where the batch has been regrouped on the way here (tiles), so that a chunk's rows are not the sampler's: then all are
@@ -82,7 +91,7 @@ def _groups(needed: list[Rows], batch: float) -> list[tuple[list[int], list[int]
 
 
 class _Selection:
-    """Some entries of whatever has one entry for each of ``size`` rows; everything else as it is."""
+    """Takes some entries out of everything that has one for each of ``size`` rows, and leaves the rest as it is."""
 
     def __init__(self, size: int, indices: Tensor) -> None:
         self.size, self.indices = size, indices
@@ -100,17 +109,17 @@ class _Selection:
 
 def _constants(run: Run) -> set[str]:
     """Names of conditioning that is the same for all rows, whatever its shape."""
-    lists: Iterable[list[dict[str, Any]]] = [*run.guider.conds.values(), *(weak.conds for weak in run.weak.values())]
+    lists: Iterable[list[dict[str, Any]]] = [*run.guider.conds.values(), *(weak.conds for weak in run.weak_models.values())]
     values = (item for conds in lists for cond in conds for item in cond.get("model_conds", {}).items())
     return {name for name, value in values if isinstance(value, comfy.conds.CONDConstant)}
 
 
-def _narrowed(options: dict[str, Any], members: list[int], rows: list[int], batch: int) -> dict[str, Any]:
+def _narrowed(options: dict[str, Any], chunks: list[int], rows: list[int], batch: int) -> dict[str, Any]:
     """transformer_options of some chunks and rows. Caches are keyed by uuid and hold whole chunks, so that fewer rows get another one."""
-    narrow = options | {name: [options[name][i] for i in members] for name in ("cond_or_uncond", LABELS) if name in options}
+    narrow = options | {name: [options[name][i] for i in chunks] for name in ("cond_or_uncond", LABELS) if name in options}
     if "uuids" in options:
         tag = f"lodestar rows {rows}"
-        uuids = [options["uuids"][i] for i in members]
+        uuids = [options["uuids"][i] for i in chunks]
         narrow[NARROWED] = (None if len(rows) == batch else rows), uuids
         narrow["uuids"] = uuids if len(rows) == batch else [uuid.uuid5(name, tag) for name in uuids]
     if isinstance(options.get("sigmas"), Tensor) and len(options["sigmas"]) == batch:
@@ -121,8 +130,8 @@ def _narrowed(options: dict[str, Any], members: list[int], rows: list[int], batc
 def with_host_labels(run: Run, function: Callable, apply: Callable, arguments: dict[str, Any]) -> Tensor:
     """The host's slot around apply_model: from here inwards nobody sees the labels of extra branches."""
     labels = run.evaluation.call.host_labels(arguments["cond_or_uncond"])
-    own = {LABELS: arguments["cond_or_uncond"], "cond_or_uncond": labels}
-    options = arguments["c"]["transformer_options"] | own
+    both = {LABELS: arguments["cond_or_uncond"], "cond_or_uncond": labels}
+    options = arguments["c"]["transformer_options"] | both
     return function(apply, arguments | {"cond_or_uncond": labels, "c": arguments["c"] | {"transformer_options": options}})
 
 

@@ -49,7 +49,7 @@ class Run:
         self.position = Position(self.sigmas)
         self.memories: dict[int, dict[str, Any]] = {}
         self.evaluation = Evaluation()
-        self.weak: dict[Any, Any] = {}  # the weak models of autoguidance, by their patchers
+        self.weak_models: dict[Any, Any] = {}  # those of autoguidance, by their patchers
         self.log = RunLog(steps=len(self.sigmas) - 1, batch=shape[0], sigmas=self.sigmas)
         self.watcher: Watcher | None = None
         self._curves = Curves(self.log.curves)

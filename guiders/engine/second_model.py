@@ -19,7 +19,7 @@ from .rows import apply_model, outermost
 from .run import Run
 
 
-class Weak:
+class WeakModel:
     """A second model in the same run: its conditioning is the positive one, encoded for it as positive."""
 
     def __init__(
@@ -32,34 +32,40 @@ class Weak:
         denoise_mask: Tensor | None = None,
         **_: Any,
     ) -> None:
+        """The arguments after ``run`` are those of the host's SAMPLER_SAMPLE wrappers."""
         guider = run.guider
         self.run = run
         self.patcher = patcher
         self.model = patcher.model
         self.flow = is_flow(patcher.get_model_object("model_sampling"))
         self.main_flow = is_flow(run.model_sampling)
-        self.options = comfy.model_patcher.create_model_options_clone(patcher.model_options)
-        transformer_options = self.options.setdefault("transformer_options", {})
-        transformer_options["sample_sigmas"] = extra_args["model_options"]["transformer_options"].get("sample_sigmas")
-        handler = guider.model_options.get("context_handler")
-        if handler is not None:
-            self.options["context_handler"] = handler.handler
-        conds = {name: [cond.copy() for cond in conds] for name, conds in guider.original_conds.items()}
-        comfy.samplers.preprocess_conds_hooks(conds)
-        comfy.sampler_helpers.prepare_model_patcher(patcher, conds, self.options)
-        comfy.samplers.filter_registered_hooks_on_conds(conds, self.options)
-        comfy.samplers.cast_to_load_options(self.options, device=patcher.load_device, dtype=patcher.model_dtype())
-        transformer_options[PLAN], transformer_options[RUN] = GuidancePlan(), run
-        wrappers = transformer_options.setdefault("wrappers", {})
-        wrappers[WrappersMP.APPLY_MODEL] = outermost(wrappers.get(WrappersMP.APPLY_MODEL, {}), [apply_model])
         self.shared = patcher.model is guider.model_patcher.model
+        conds = {name: [cond.copy() for cond in conds] for name, conds in guider.original_conds.items()}
+        self.options = self._prepared(conds, extra_args["model_options"])
         if not self.shared:
             patcher.pre_run()
-        seed, shapes = extra_args.get("seed"), run.latent_shapes
         conds = comfy.samplers.process_conds(
-            self.model, noise, conds, patcher.load_device, latent_image, denoise_mask, seed, latent_shapes=shapes
-        )
+            self.model, noise, conds, patcher.load_device, latent_image, denoise_mask, extra_args.get("seed"),
+            latent_shapes=run.latent_shapes,
+        )  # fmt: skip
         self.conds = conds["positive"]
+
+    def _prepared(self, conds: dict[str, list], main: dict[str, Any]) -> dict[str, Any]:
+        """The model options for this run, with the hooks of the conds, as the host prepares its own (``main``)."""
+        patcher, options = self.patcher, comfy.model_patcher.create_model_options_clone(self.patcher.model_options)
+        transformer_options = options.setdefault("transformer_options", {})
+        transformer_options["sample_sigmas"] = main["transformer_options"].get("sample_sigmas")
+        handler = self.run.guider.model_options.get("context_handler")
+        if handler is not None:
+            options["context_handler"] = handler.handler  # the host's own, inside ours
+        comfy.samplers.preprocess_conds_hooks(conds)
+        comfy.sampler_helpers.prepare_model_patcher(patcher, conds, options)
+        comfy.samplers.filter_registered_hooks_on_conds(conds, options)
+        comfy.samplers.cast_to_load_options(options, device=patcher.load_device, dtype=patcher.model_dtype())
+        transformer_options[PLAN], transformer_options[RUN] = GuidancePlan(), self.run
+        wrappers = transformer_options.setdefault("wrappers", {})
+        wrappers[WrappersMP.APPLY_MODEL] = outermost(wrappers.get(WrappersMP.APPLY_MODEL, {}), [apply_model])
+        return options
 
     def finish(self) -> None:
         """Undo what the preparation did to the patcher."""

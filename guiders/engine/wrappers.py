@@ -28,7 +28,7 @@ from .keys import LODESTAR, RUN
 from .plan import plan_of
 from .rows import apply_model, call_model, outermost, with_host_labels
 from .run import Run, run_of
-from .second_model import Weak
+from .second_model import WeakModel
 from .start import Start
 
 
@@ -62,11 +62,11 @@ def _install(run: Run, options: dict[str, Any]) -> None:
 def _sampler_sample(executor: Any, guider: Any, sigmas: Tensor, extra_args: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
     run = run_of(extra_args["model_options"])
     models = {id(b.model): b.model for _, term in run.terms for b in term.branches if b.model is not None}
-    prepared: list[Weak] = []
+    prepared: list[WeakModel] = []
     try:
         for model in models.values():
-            prepared.append(Weak(model, run, extra_args, *args[1:4], **kwargs))
-            run.weak[model] = prepared[-1]
+            prepared.append(WeakModel(model, run, extra_args, *args[1:4], **kwargs))
+            run.weak_models[model] = prepared[-1]
         return executor(guider, sigmas, extra_args, *args, **kwargs)
     finally:
         for weak in prepared:

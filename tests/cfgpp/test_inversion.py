@@ -14,7 +14,7 @@ from lodestar.demo import models, shapes
 from lodestar.guiders.cfgpp.inversion import LARGEST_TIME, first_step, inversion_step, invert
 from lodestar.guiders.cfgpp.sampler import cfgpp_sampler
 from lodestar.guiders.cfgpp.solvers import cfgpp_step
-from lodestar.guiders.engine.curves import CFG_UPDATE
+from lodestar.guiders.engine.curves import CFG_UPDATE, Quantity
 from lodestar.guiders.policies.interval import GuidanceInterval
 from lodestar.guiders.shapers.apg import APG
 from lodestar.guiders.spaces import Level, levels_of
@@ -211,7 +211,7 @@ def test_every_step_is_logged_under_the_step_of_sampling_that_it_undoes():
     log = log_of(main)
     assert list(log.evaluations) == list(log.choices) == [5, 4, 3, 2, 1, 0]
     assert set(log.evaluations.values()) == {2}  # D_p in the first part of the schedule, D_u in the rest
-    assert sorted(log.curves[PAG.name] | log.curves[CFG_UPDATE]) == list(range(6))
+    assert sorted(log.curves[Quantity(PAG.name, "update")] | log.curves[CFG_UPDATE]) == list(range(6))
 
 
 def test_interrupted():

@@ -69,12 +69,13 @@ def test_equal_weights_are_cfg_in_every_stage(kind):
 
 def node(model, **changes):
     """The FreCaS node's outputs."""
-    settings = {
-        "seed": 1, "cfg": 4.0, "sampler": "euler", "scheduler": "normal", "stages": text("unet"), "gamma": -1.0, "high_scale": 9.0,
-        "map_weight": 0.6, "resize": "nearest", "batch_size": 2,
+    inputs = {
+        "model": model, "positive": cond(1), "negative": cond(2), "vae": load_vae(), "seed": 1, "cfg": 4.0, "sampler": "euler",
+        "scheduler": "normal", "stages": text("unet"), "gamma": -1.0, "high_scale": 9.0, "map_weight": 0.6, "resize": "nearest",
+        "batch_size": 2,
     }  # fmt: skip
     with torch.inference_mode():
-        return LodestarFreCaS.execute(model, cond(1), cond(2), load_vae(), **settings | changes).args
+        return LodestarFreCaS.execute(**inputs | changes).args
 
 
 def test_the_node_hands_out_every_stage():

@@ -124,7 +124,7 @@ def test_gamma_falling_below_the_threshold_does_not_bring_cfg_back():
         ("unet", "next_step", "heun"), ("unet_v", "same_step", "euler"), ("mmdit", "same_step", "dpm_2"),
     ],
 )  # fmt: skip
-def test_company_changes_nobodys_result_and_switched_rows_cost_nothing(kind, switch, sampler):
+def test_rows_do_not_depend_on_their_batch_and_switched_rows_cost_nothing(kind, switch, sampler):
     model = tiny(kind)
     noise = noise_for(model, 3)
     threshold = spread([gammas(model, noise[i : i + 1], sampler=sampler) for i in range(3)])

@@ -94,6 +94,12 @@ def test_bench_chooses_the_device_and_hands_over_the_rest(device, variables, mon
     assert os.environ == variables
 
 
+@pytest.mark.parametrize(("own", "used"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_wait_without_spinning_unless_the_user_says_otherwise(own, used, monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "environ", {"LODESTAR_CACHE": str(tmp_path), **own})
+    assert run.host_environment(releases.Host(tmp_path, tmp_path))["OMP_WAIT_POLICY"] == used
+
+
 def test_the_cpu_can_be_asked_for(monkeypatch):
     monkeypatch.setattr(serving, "DEVICES", ["."])
     assert serving.may_have_accelerator()

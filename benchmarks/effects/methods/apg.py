@@ -12,7 +12,7 @@ from ..metrics import ACCURACY, CONTRAST, FRECHET, RECALL, SATURATION
 SCALES = (2.8, 4.0, 5.6, 8.0)
 THRESHOLD = 1.0  # of the norm: these latents are a small fraction of SDXL's, for which the paper has 15
 LOW_CONTRAST = (
-    "the unet alone (CFG 1) has less contrast than the data; CFG's excess of it makes up for that at scales up to 4, while APG leaves the "
+    "the unet alone (CFG 1) has less contrast than the data. CFG's excess of it makes up for that at moderate scales. APG leaves the "
     "model's own contrast as it is at every scale, which is what it is for."
 )
 LATER = (

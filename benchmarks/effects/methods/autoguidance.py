@@ -12,9 +12,8 @@ from ..metrics import ACCURACY, DIVERSITY, FRECHET, PRECISION, RECALL
 SCALES = (1.2, 1.4, 2.0)
 WHY = (
     "the weak models are wrong in other ways than the main ones (colours, where the main models have all right), and autoguidance "
-    "needs the same mistakes, only larger. Training the weak unet longer does not change that (256 other pictures at scale 1.25, "
-    "Fréchet distance: 3.09, 3.08 and 3.13 with 16, 24 and 32 thousand pictures instead of 12; 3.13 without guidance). With exact "
-    "denoisers, where the weak model does make the same mistakes, the claim holds: benchmarks/toy.py, tests/benchmarks/test_toy.py."
+    "needs the same mistakes, only larger. With exact denoisers, where the weak model does make the same mistakes, the claim holds: "
+    "bench toy, tests/benchmarks/test_toy.py."
 )
 
 

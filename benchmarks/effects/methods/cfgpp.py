@@ -8,7 +8,7 @@ import comfy.sample
 from torch import Tensor
 
 from lodestar.benchmarks._sampling import decoded, prompts
-from lodestar.benchmarks.inversion import CFG, CFGPP, originals, psnr, schedule, there_and_back, worth
+from lodestar.benchmarks.inversion import AUTHORS_CFG, CFG, CFGPP, originals, psnr, schedule, there_and_back, worth
 from lodestar.demo.models import MODELS
 from lodestar.guiders.cfgpp.sampler import cfgpp_sampler
 
@@ -22,13 +22,12 @@ STEPS, HIGH = 20, 5.6
 INVERTED = (0.3, 0.6, 1.0)
 SPREAD = (
     "at equal mean weight CFG++ is CFG with the weight spread otherwise over the steps (an identity that tests/cfgpp/test_solvers.py "
-    "asserts, so the implementation is not the reason), and one object on 32x32 pixels gains little from the spread: the differences "
-    "are small beside what CFG's own scale does (1.2 to 4.6 on the unet)."
+    "asserts, so the implementation is not the reason), and a picture of one object gains little from the spread: the differences are "
+    "small beside what CFG's own scale does (Fréchet distance from {low:.1f} to {high:.1f})."
 )
 NEARLY_EXACT = (
-    "scales are matched by mean weight, and in 20 steps lambda 1 is worth only cfg 4.7 (unet) or 3.9 (mmdit), where inversion with CFG is "
-    "good as well. Against the cfg that the authors match with lambda (12.5 with 1) CFG++ is better at every lambda but the mmdit's 0.2: "
-    "bench inversion."
+    "scales are matched by mean weight, and in {steps} steps lambda 1 is worth only cfg {worth:.1f}, where inversion with CFG is good as "
+    "well. The authors match lambda 1 with cfg {authors:g}: bench inversion compares with that, too."
 )
 
 
@@ -66,19 +65,22 @@ def claims(results: Results) -> Sequence[Claim]:
     """At the best scale of CFG and at a high one; inversion at every scale."""
     rows = []
     for model in MODELS:
+        distances = [results.measure(cfg(model, scale), FRECHET).value for scale in SCALES]
+        spread = SPREAD.format(low=min(distances), high=max(distances))
+        nearly_exact = NEARLY_EXACT.format(steps=STEPS, worth=worth(model, STEPS), authors=AUTHORS_CFG[1.0])
         best = results.best([cfg(model, scale) for scale in SCALES], FRECHET)["cfg"]
         for scale, where in ((best, "at the strength of the best CFG"), (HIGH, "at high strength")):
             pair = matched(model, scale), cfg(model, scale)
             rows += [
-                Claim(f"{where}, better distribution", *pair, FRECHET, why=SPREAD),
-                Claim(f"{where}, captions are followed as well", *pair, ACCURACY, 0.02, SPREAD),
+                Claim(f"{where}, better distribution", *pair, FRECHET, why=spread),
+                Claim(f"{where}, captions are followed as well", *pair, ACCURACY, 0.02, spread),
             ]
-        rows.append(Claim("at high strength, fewer pictures collapse", matched(model, HIGH), cfg(model, HIGH), PRECISION, why=SPREAD))
+        rows.append(Claim("at high strength, fewer pictures collapse", matched(model, HIGH), cfg(model, HIGH), PRECISION, why=spread))
         reference = results.pictures(original(model)).pictures
         fidelity = Metric("PSNR", lambda made, _, reference=reference: mean_of(psnr(made.pictures, reference).double().numpy()), 1)
         for lambda_ in INVERTED:
             pair = (inverted(model, method, lambda_) for method in (CFGPP, CFG))
-            rows.append(Claim(f"inverted at lambda {lambda_:g}, closer to the picture", *pair, fidelity, why=NEARLY_EXACT))
+            rows.append(Claim(f"inverted at lambda {lambda_:g}, closer to the picture", *pair, fidelity, why=nearly_exact))
     return rows
 
 

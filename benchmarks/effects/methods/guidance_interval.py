@@ -12,8 +12,8 @@ from ..metrics import FRECHET, RECALL
 SCALES = (2.0, 2.8, 4.0, 5.6)
 WINDOWS = ((0.2, 0.8), (0.4, 1.0))  # shares of the schedule
 WHY = (
-    "the models' best CFG scales are low (1.4 and 2.8 here) and cost little variety, so that there is little for an interval to give back; "
-    "at equal scales it gives it back (next row)."
+    "the model's best CFG scale is low ({cfg:g}) and costs little variety, so that there is little for an interval to give back. "
+    "The next row is about equal scales."
 )
 
 
@@ -31,7 +31,7 @@ def claims(results: Results) -> list[Claim]:
         best = results.best([cell for window in WINDOWS for cell in cells_of(sweep(model, *window))[1:]], FRECHET)
         plain = results.best(cells_of(cfg_sweep(model)), FRECHET)
         rows += [
-            Claim("better distribution at the best scale of each", best, plain, FRECHET, why=WHY),
+            Claim("better distribution at the best scale of each", best, plain, FRECHET, why=WHY.format(cfg=plain["cfg"])),
             Claim("more of the data is covered at the same scale", best, cfg(model, best["cfg"]), RECALL),
         ]
     return rows

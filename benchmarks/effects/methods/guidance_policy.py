@@ -15,7 +15,7 @@ from ..cells import Batch, Cell
 from ..claims import Claim, Results
 from ..method import Curve, Method, cfg
 from ..metrics import ACCURACY, FRECHET, similarity_to
-from .adaptive_guidance import SCALE, STEPS, adaptive, step_ag
+from .adaptive_guidance import NFE, SCALE, STEPS, adaptive, step_ag
 from .linear_ag import runs_to_learn_from, with_model
 
 ITERATIONS, TOGETHER, COST_WEIGHT = 40, 2, 0.05
@@ -60,7 +60,7 @@ METHOD = Method(
     title="Guidance policy: apply",
     axis="CFG, searched policy, AG, Step AG",
     claims=claims,
-    curves=tuple(Curve("about 30 NFE", model, tuple(enumerate(cells(model)))) for model in MODELS),
+    curves=tuple(Curve(f"about {NFE} NFE", model, tuple(enumerate(cells(model)))) for model in MODELS),
     strips=tuple(cell for model in MODELS for cell in cells(model)),
     panels=(ACCURACY, FRECHET),
 )

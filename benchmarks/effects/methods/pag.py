@@ -12,12 +12,10 @@ from ..metrics import FRECHET, PRECISION, RECALL, Metric
 SCALES = (0.5, 1.0, 2.0, 3.0)
 LAYERS = {"unet": "output:1", "mmdit": "double:1"}  # the best of each model; its middle block hardly matters to the unet
 WHY = (
-    "with one object on 8x8 patches, broken self-attention makes other mistakes than the model itself makes, so that stepping away "
-    "from it does not lead to better pictures. All layers were tried at scale 0.5 (Fréchet distance of 128 other pictures; without "
-    "PAG 7.01 for the unet, 7.28 for the mmdit): unet input:3 6.99, output:0 6.96, output:1 6.60, output:2 7.46, output:3 7.07, the "
-    "middle block without any effect; mmdit double:1 6.44, double:2 8.49, double:3 7.68. The implementation is not the reason: it "
-    "equals ComfyUI's own node on a UNet's middle block and explicit masks of minus infinity everywhere else "
-    "(tests/engine/test_host_nodes.py, tests/network/test_identity_attention.py)."
+    "with one object on a few patches, broken self-attention makes other mistakes than the model itself makes, so that stepping away "
+    "from it does not lead to better pictures. The implementation is not the reason: it equals ComfyUI's own node on a UNet's middle "
+    "block, and explicit masks of minus infinity everywhere else (tests/engine/test_host_nodes.py, "
+    "tests/network/test_identity_attention.py)."
 )
 FALLS = Metric("fall of recall", RECALL.of, -1)
 
