@@ -17,7 +17,7 @@ import lodestar
 
 FILE = Path(__file__).resolve().parents[1] / "tests" / "data" / "interface.json"
 Interface = dict[str, dict[str, list[dict[str, Any]]]]  # node id -> "inputs", "outputs" -> the facts of each
-_OF_ANY_MACHINE = ("the host's samplers", "the host's schedulers", "files")  # in place of choices that differ between machines
+_OF_ANY_MACHINE = ("the host's samplers", "the host's schedulers", "files")  # stand for choices that differ between machines
 
 
 def offered() -> Interface:

@@ -195,8 +195,8 @@ def test_the_demo_workflow_from_the_template_browser_to_a_picture(page, shots):
     page.wait_for_function("() => app.graph.nodes.some(node => node.type === 'PreviewImage' && node.imgs?.[0]?.naturalWidth >= 256)")
     steps = [int(number) for text in page.evaluate("() => said") for number in re.findall(r"step (\d+)/20", text)]
     assert steps == sorted(steps) and len(set(steps)) >= 3 and steps[-1] == 20  # it moves
-    told = charts(page)["LodestarAdaptiveGuidance"]
-    assert re.search(r"NFE [\d.]+ of 40 \([\d.]+ saved\), step 20/20, γ 0\.99\d+, CFG ended for \d of 4", told)
+    shown = charts(page)["LodestarAdaptiveGuidance"]
+    assert re.search(r"NFE [\d.]+ of 40 \([\d.]+ saved\), step 20/20, γ 0\.99\d+, CFG ended for \d of 4", shown)
     assert saved(page) == before
     page.screenshot(path=shots / "adaptive_guidance.png")
     look(page, shots / "adaptive_guidance_near.png", "LodestarAdaptiveGuidance")

@@ -85,7 +85,7 @@ def test_workflow_makes_a_picture(client, path):
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_workflow_is_complete(client, path):
-    """Each widget has a value, seeds stay fixed, a note explains, a thumbnail stands beside it."""
+    """Each widget has a value, seeds stay fixed, a note explains, there is a thumbnail."""
     nodes = read(path)["nodes"]
     assert "MarkdownNote" in {node["type"] for node in nodes}
     assert path.with_suffix(".jpg").stat().st_size < 100_000

@@ -108,10 +108,10 @@ def test_the_table_holds_what_the_logs_and_pictures_say(demo, guided):
     import tools
 
     picture, table = compare(demo, guided)
-    told = numbers(table)
-    assert [row[0] for row in told.values()] == [6, 6, 9, 4]
+    counted = numbers(table)
+    assert [row[0] for row in counted.values()] == [6, 6, 9, 4]
     assert tools.log_of(guided[2]).nfe == 9
-    for (_, seconds, saturation), column in zip(told.values(), cells(picture, 4), strict=True):
+    for (_, seconds, saturation), column in zip(counted.values(), cells(picture, 4), strict=True):
         pixels = torch.stack(column)
         assert 0 < seconds < 60
         expected = ((pixels.amax(-1) - pixels.amin(-1)) / pixels.amax(-1).clamp(min=1 / 255)).mean()

@@ -71,7 +71,7 @@ def test_the_versions_are_those_that_are_tested(host):
 
 
 @pytest.mark.parametrize("version", ["0.16.2", "0.9.10"])
-def test_an_older_host_is_told_and_offered_nothing(tmp_path, version):
+def test_on_an_older_host_the_log_says_so_and_there_are_no_nodes(tmp_path, version):
     result = loaded(tmp_path, version=version)
     assert result["nodes"] == []
     assert result["said"] == [[f"Lodestar needs ComfyUI 0.16.3 or newer; this is {version}.", False]]
