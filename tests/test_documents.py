@@ -139,6 +139,17 @@ def test_the_readmes_costs_are_those_of_the_results(host):
     assert [[float(cell.rstrip("%")) for cell in row[2:]] for row in rows] == [pytest.approx(share, abs=1) for share in shares]
 
 
+def test_every_part_is_written(host):
+    """None is left empty, and each names the command that writes it."""
+    import run
+
+    for file in (README, RESULTS):
+        for name, command in re.findall(r"<!-- (\w+): written by `python run\.py bench ([^`]+)` -->", read(file)):
+            assert command.split()[0] == name in run.benchmarks()
+            assert part(file, name), name
+    assert len(re.findall(r"<!-- end of ", read(RESULTS))) == 9
+
+
 @pytest.mark.parametrize(
     ("page", "pattern", "name"),
     [
@@ -147,6 +158,7 @@ def test_the_readmes_costs_are_those_of_the_results(host):
         ("LodestarLinearAG", r"\+(0\.\d{3})", "effects"),
         ("LodestarPolicySearch", r"\+(0\.\d{3})", "effects"),
         ("LodestarPolicySearch", r"(\d\.\d) GiB", "search_memory"),
+        ("LodestarCFGPPInvert", r"\| \**(\d\d\.\d)\** (?=\|)", "inversion"),
     ],
 )
 def test_numbers_on_help_pages_are_those_of_the_results(host, page, pattern, name):

@@ -188,7 +188,7 @@ def test_registrys_package_works_and_leaves_the_workshop_out(comfy, repository, 
         assert not (folder / name).exists(), name
     for name in ("LICENSE", "CHANGELOG.md", "js/docs", "workflows", "subgraphs", "locales/zh", "demo/weights"):
         assert (folder / name).exists(), name
-    for link in re.findall(r"\]\(([^)#:]+)", (folder / "README.md").read_text(encoding="utf-8")):
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", (folder / "README.md").read_text(encoding="utf-8")):
         assert (folder / link).exists(), link
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 20e6
     try:
