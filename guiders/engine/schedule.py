@@ -10,7 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-_LOOPS = (("i", "sigmas"), ("step_index", "timesteps"))  # k-diffusion, UniPC
+# The names of the counter and the schedule in a sampler's loop, and how many levels the sampler may have inserted into its schedule.
+_LOOPS = (("i", "sigmas", 0), ("step_index", "timesteps", 0), ("step", "sigmas", 1))  # k-diffusion, UniPC, RES4LYF
+
+
+def call_sampler(sampler: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a sampler. Its loop is looked for from an evaluation up to here, and not in the frames of those who call it."""
+    return sampler(*args, **kwargs)
 
 
 def window(model_sampling: Any, start_percent: float, end_percent: float) -> tuple[float, float]:
@@ -25,13 +31,13 @@ def solver_step(levels: int) -> int | None:
     levels would have to wait for the GPU at every step.
     """
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
+    while frame is not None and frame.f_code is not call_sampler.__code__:
         names = (*frame.f_code.co_varnames, *frame.f_code.co_cellvars)  # a variable that a comprehension reads is a cell
-        for counter, schedule in _LOOPS:
+        for counter, schedule, inserted in _LOOPS:
             if counter in names and schedule in names:
                 i, sigmas = frame.f_locals.get(counter), frame.f_locals.get(schedule)
-                if isinstance(i, int) and isinstance(sigmas, Tensor) and len(sigmas) == levels and 0 <= i < levels - 1:
-                    return i
+                if isinstance(i, int) and isinstance(sigmas, Tensor) and 0 <= len(sigmas) - levels <= inserted and 0 <= i < len(sigmas) - 1:
+                    return min(i, levels - 2)
         frame = frame.f_back
     return None
 

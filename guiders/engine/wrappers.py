@@ -28,6 +28,7 @@ from .keys import LODESTAR, RUN
 from .plan import plan_of
 from .rows import apply_model, call_model, outermost, with_host_labels
 from .run import Run, run_of
+from .schedule import call_sampler
 from .second_model import WeakModel
 from .start import Start
 
@@ -67,7 +68,7 @@ def _sampler_sample(executor: Any, guider: Any, sigmas: Tensor, extra_args: dict
         for model in models.values():
             prepared.append(WeakModel(model, run, extra_args, *args[1:4], **kwargs))
             run.weak_models[model] = prepared[-1]
-        return executor(guider, sigmas, extra_args, *args, **kwargs)
+        return call_sampler(executor, guider, sigmas, extra_args, *args, **kwargs)
     finally:
         for weak in prepared:
             weak.finish()

@@ -12,6 +12,7 @@ from tools import close, comfy, empty_latent, guided, log_of, pag, reference, sa
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lodestar.guiders.engine.plan import Shaper
+from lodestar.guiders.policies.adaptive import AdaptiveGuidance
 from lodestar.guiders.policies.interval import GuidanceInterval
 from lodestar.guiders.shapers.apg import APG
 
@@ -110,6 +111,62 @@ def test_samplers_that_start_over_start_afresh():
         comfy.sample.sample_custom(
             main, noise, 4.0, comfy.samplers.KSAMPLER(twice), sigmas, tools.cond(1), tools.cond(2), noise * 0, disable_pbar=True
         )
+
+
+# --- samplers without a loop that can be read, and with unusual ones -------------------------------------------------
+
+
+def foreign(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    """Euler in another pack's words."""
+    levels = iter(sigmas)
+    level = next(levels)
+    for lower in levels:
+        denoised = model(x, level * x.new_ones(len(x)), **extra_args)
+        x = denoised + (x - denoised) * lower / level
+        level = lower
+    return x
+
+
+def with_mask(model, sampler, mask, steps=6):
+    """A run of a solver function or of one of the host's samplers, with a noise mask or without."""
+    solver = comfy.samplers.KSAMPLER(sampler) if callable(sampler) else comfy.samplers.sampler_object(sampler)
+    noise = torch.randn(empty_latent(model, 1, 8).shape, generator=torch.Generator().manual_seed(0))
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", steps)
+    with torch.inference_mode():
+        return comfy.sample.sample_custom(
+            model, noise, 4.0, solver, sigmas, tools.cond(1), tools.cond(2), noise * 0, noise_mask=mask, disable_pbar=True, seed=0
+        )
+
+
+@pytest.mark.parametrize("sampler", [*OWN_LEVELS, foreign])
+def test_a_mask_of_ones_changes_no_step(sampler):
+    """The host's own code that calls a sampler also has variables named i and sigmas, where there is a mask."""
+    for rule in (APG(norm_threshold=2.0), GuidanceInterval(start_percent=0.3, end_percent=0.7), AdaptiveGuidance(threshold=0.9)):
+        main = guided(small("unet"), rule)
+        plain = with_mask(main, sampler, None)
+        steps = log_of(main).choices
+        masked = with_mask(main, sampler, torch.ones(1, 1, 8, 8))
+        assert torch.equal(masked, plain)
+        assert log_of(main).choices == steps
+        assert len(steps) > 2
+
+
+@pytest.mark.parametrize("inserted", [0, 1])
+def test_a_loop_with_an_inserted_level(inserted):
+    """RES4LYF counts ``step`` along ``sigmas``, into which it may insert the model's lowest level before the last."""
+
+    def two_stages(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        sigmas = torch.cat([sigmas[:-1], *[sigmas[-2:-1] / 2] * inserted, sigmas[-1:]])
+        for step in range(len(sigmas) - 1):
+            for level in (sigmas[step], max(sigmas[step + 1], sigmas[step] / 4)):  # by its level, the second belongs to the next step
+                denoised = model(x, level * x.new_ones(len(x)), **extra_args)
+            x = denoised + (x - denoised) * sigmas[step + 1] / sigmas[step]
+        return x
+
+    probe = Probe()
+    with_mask(guided(small("unet"), probe), two_stages, None, steps=4)
+    expected = [(step, first) for step in range(4) for first in (True, False)] + [(3, False)] * 2 * inserted
+    assert probe.seen == expected
 
 
 # --- no waiting for the GPU ------------------------------------------------------------------------------------------
