@@ -18,6 +18,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..engine.branches import branch_uuid
+from ..engine.compiling import uncompiled
 from ..engine.keys import MAPS, NARROWED, RUN, options_of, with_options
 from ..engine.plan import plan_of
 from ..network.calls import Call, chunks_left, ordinary_attention
@@ -96,7 +97,8 @@ class _Reuse:
         wanted = [collects and entry in self.own for entry in entries]
         options = self.patch(options, Chunks(self.mixed, self.collect, keys, wanted, rows, evaluation.index), x)
         args, kwargs = with_options(options, args, kwargs)
-        return executor(x, t, *args, **kwargs)
+        with uncompiled():
+            return executor(x, t, *args, **kwargs)
 
 
 @dataclass(frozen=True)
