@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tools
 import torch
-from tools import WrappersMP, close, comfy, empty_latent, guided, nodes, pag, sample, tiny
+from tools import WrappersMP, attach, close, comfy, empty_latent, guided, nodes, pag, sample, tiny
 from torch import Tensor
 
 from lodestar.guiders.shapers.apg import APG
@@ -63,12 +63,6 @@ def test_a_weak_model_with_a_plan_of_its_own_is_evaluated_plainly():
     assert torch.equal(run(guided(model, Autoguidance(weak_model=guided_weak))), expected)
 
 
-@pytest.mark.parametrize("kind", tools.KINDS)
-def test_the_same_model_twice_has_nothing_to_add(kind):
-    model = tiny(kind)
-    assert close(run(attach_node(model, model.clone(), scale=3.0)), run(model))
-
-
 # --- refused ---------------------------------------------------------------------------------------------------------
 
 
@@ -82,6 +76,79 @@ def test_another_latent_format_of_as_many_channels_is_refused_by_name():
         other = tiny("unet")
         other.model.latent_format = comfy.latent_formats.SDXL()
         attach_node(tiny("unet"), other)
+
+
+def test_the_same_model_twice_is_refused_whatever_its_own_guidance():
+    base = tiny("unet")
+    patched = lora(base, 1)
+    for model, weak in ((base, base), (base, base.clone()), (patched, patched.clone()), (guided(base, APG(), pag(base)), attach(base))):
+        with pytest.raises(ValueError, match="are the same model"):
+            attach_node(model, weak)
+        attach_node(model, weak, scale=1.0)
+
+
+def blurred(model):
+    """A clone with a degrading patch of another pack, which leaves the weights alone."""
+    clone = model.clone()
+    clone.set_model_attn1_output_patch(lambda attended, options: 0.5 * attended)
+    return clone
+
+
+def wrapped(model):
+    """The same by a wrapper."""
+    return tools.with_wrapper(model, "diffusion_model", lambda executor, x, *args, **more: 0.5 * executor(x, *args, **more))
+
+
+@pytest.mark.parametrize("degraded", [blurred, wrapped])
+def test_the_same_weights_under_a_patch_of_another_pack_are_a_weak_model(degraded):
+    model, twin = tiny("unet"), tiny("unet")
+    both = attach_node(model, degraded(model))
+    assert torch.equal(run(both), run(attach_node(tiny("unet"), degraded(twin))))
+    assert not close(run(both), run(model), 1e-3)
+
+
+def other_schedule(model):
+    """A clone with an object patch: another object in the place of the host's."""
+    clone = model.clone()
+    clone.add_object_patch("model_sampling", tiny("unet_v").get_model_object("model_sampling"))
+    return clone
+
+
+def bypass(model, scale: float = 1.5):
+    """A clone with a change of one of its layers, as the host's LoRA loader makes it in bypass mode."""
+    clone, layer = model.clone(), model.model.diffusion_model.middle_block[0].in_layers[2]
+    forward = type(layer).forward
+    inject = lambda patcher: setattr(layer, "forward", lambda x: scale * forward(layer, x))  # noqa: E731
+    eject = lambda patcher: layer.__dict__.pop("forward", None)  # noqa: E731
+    clone.set_injections("bypass_lora", [comfy.model_patcher.PatcherInjection(inject=inject, eject=eject)])
+    return clone
+
+
+PATCHES = {"a LoRA": lambda model: lora(model, 1), "an object": other_schedule, "an injection": bypass}
+
+
+@pytest.mark.parametrize("patch", PATCHES.values(), ids=PATCHES)
+def test_patches_of_the_model_behind_the_node_are_refused(patch):
+    """They would reach a weak model that is the same loaded file."""
+    model = tiny("unet")
+    before = attach_node(patch(model), blurred(model))
+    with pytest.raises(ValueError, match="put the patch before Autoguidance"):
+        run(patch(attach_node(model, blurred(model))))
+    run(patch(guided(model, Autoguidance(weak_model=model, scale=1.0))))
+    run(before)
+
+
+@pytest.mark.parametrize("patch", PATCHES.values(), ids=PATCHES)
+def test_patches_of_the_model_before_the_node_do_not_reach_the_weak_model(patch):
+    model = tiny("unet")
+    expected = run(attach_node(patch(tiny("unet")), tiny("unet")))
+    assert torch.equal(run(attach_node(patch(model), model)), expected)
+
+
+def test_an_injection_into_a_weak_model_of_the_same_file_is_refused():
+    model = tiny("unet")
+    with pytest.raises(ValueError, match="bypass mode"):
+        attach_node(model, bypass(model))
 
 
 # --- one file, two sets of LoRAs -------------------------------------------------------------------------------------
