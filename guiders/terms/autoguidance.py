@@ -6,6 +6,7 @@ import copy
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -110,8 +111,11 @@ def _copied(weak_model: Any) -> Any:
 
 
 def _reloaded(weak_model: Any) -> Any:
-    """A clone on weights that are loaded once more: under dynamic VRAM they stay in their file until they are used."""
-    raise ValueError(
-        "Autoguidance: model and weak_model are the same loaded file with different LoRAs, and dynamic VRAM keeps one set of weights "
-        "per file. Copy the file under another name and load that as weak_model, or start ComfyUI with --disable-dynamic-vram."
-    )
+    """A clone without dynamic VRAM, which the host loads from the file once more: there weights stay in their file until they are used."""
+    if getattr(weak_model, "cached_patcher_init", None) is None or "disable_dynamic" not in signature(weak_model.clone).parameters:
+        raise ValueError(
+            "Autoguidance and dynamic VRAM: model and weak_model are the same loaded file with different patches, and what has loaded "
+            "weak_model cannot load it twice; use one of ComfyUI's own loaders, copy the file under another name and load that as "
+            "weak_model, or start ComfyUI with --disable-dynamic-vram."
+        )
+    return weak_model.clone(disable_dynamic=True)

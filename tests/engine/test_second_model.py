@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import inspect
+import weakref
+from types import SimpleNamespace
+
 import pytest
 import tools
 import torch
@@ -190,6 +195,95 @@ def test_own_weights_only_where_they_are_needed():
     clone = base.clone()
     assert with_own_weights(clone, base) is clone
     assert with_own_weights(lora(base, 1), base).model is not base.model
+
+
+def own_model(both):
+    """The weights of the weak model of a guided one."""
+    return both.get_additional_models()[0].model
+
+
+def test_weights_are_copied_once_for_all_scales_and_freed_with_the_weak_model():
+    base = tiny("unet")
+    main, weak = lora(base, 1), base.clone()
+    both = attach_node(main, weak)
+    other = attach_node(lora(base, 2), weak, scale=3.0)
+    copied = weakref.ref(own_model(both))
+    assert own_model(other) is copied() is not base.model
+    assert torch.equal(run(other), run(attach_node(lora(tiny("unet"), 2), tiny("unet"), scale=3.0)))
+    del both, other
+    gc.collect()
+    assert own_model(attach_node(main, weak, scale=1.5)) is copied()
+    assert [entry.model.model for entry in comfy.model_management.current_loaded_models if entry.real_model() is copied()] == [copied()]
+    del weak
+    gc.collect()
+    assert copied() is None
+
+
+def test_two_weak_models_of_one_file_have_a_set_of_weights_each():
+    base = tiny("unet")
+    both = attach_node(attach_node(base, lora(base, 1)), lora(base, 2), scale=1.5)
+    assert len({id(model.model) for model in both.get_additional_models()} | {id(base.model)}) == 3
+    first = attach_node(tiny("unet"), lora(tiny("unet"), 1))
+    assert torch.equal(run(both), run(attach_node(first, lora(tiny("unet"), 2), scale=1.5)))
+
+
+# --- dynamic VRAM ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dynamic(monkeypatch):
+    """Loads a tiny model as the host does where dynamic VRAM is on: in its own class for that, without the driver's buffers."""
+    if "disable_dynamic" not in inspect.signature(comfy.model_patcher.ModelPatcher.clone).parameters:
+        pytest.skip("this host cannot load a file once more")
+    import comfy_aimdo.host_buffer
+
+    monkeypatch.setattr(comfy_aimdo.host_buffer, "HostBuffer", lambda *_: SimpleNamespace(size=0, truncate=lambda *_, **__: None))
+
+    class Dynamic(comfy.model_patcher.ModelPatcherDynamic):
+        """The host's class makes an ordinary one of itself on the CPU."""
+
+        def __new__(cls, *_, **__):
+            return object.__new__(cls)
+
+    def load(kind, disable_dynamic=False):
+        plain = tiny(kind)
+        model = plain if disable_dynamic else Dynamic(plain.model, plain.load_device, plain.offload_device)
+        model.cached_patcher_init = (load, (kind,))
+        return model
+
+    return load
+
+
+@pytest.mark.parametrize("kind", ["unet", "mmdit"])
+def test_under_dynamic_vram_the_file_is_loaded_once_more(dynamic, kind):
+    base, twin = dynamic(kind), tiny(kind)
+    weak = lora(base, 1)
+    assert base.is_dynamic() and weak.is_dynamic()
+    both = attach_node(base, weak)
+    assert own_model(both) is not base.model
+    assert not both.get_additional_models()[0].is_dynamic()
+    assert own_model(attach_node(base, weak, scale=3.0)) is own_model(both)
+    assert close(run(both), run(attach_node(twin, lora(tiny(kind), 1))))
+    assert close(run(base), run(twin))
+
+
+def test_under_dynamic_vram_the_model_keeps_its_lora_to_itself(dynamic):
+    """Checked by the weights: on the CPU the host's class leaves LoRAs to a driver that is not there."""
+    base = dynamic("unet")
+    main = lora(base, 1)
+    weak = attach_node(main, base).get_additional_models()[0]
+    assert weak.model is not main.model and not weak.is_dynamic()
+    assert main.patches and not weak.patches
+    loaded, expected = weak.model.state_dict(), tiny("unet").model.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in expected.items())
+
+
+def test_under_dynamic_vram_a_file_that_cannot_be_loaded_once_more_is_refused(dynamic):
+    base = dynamic("unet")
+    base.cached_patcher_init = None
+    with pytest.raises(ValueError, match="Autoguidance and dynamic VRAM"):
+        attach_node(base, lora(base, 1))
+    run(attach_node(base, blurred(base)))
 
 
 # --- another parametrisation -----------------------------------------------------------------------------------------
