@@ -41,7 +41,12 @@ def is_dual_cfg(guider: Any) -> bool:
 def cfg_slot_owner(model_options: Mapping[str, Any]) -> str | None:
     """What has claimed the CFG slot of a model, by the name of its class or function; None if it is free."""
     function = model_options.get(CFG_SLOT)
-    return None if function is None else getattr(function, "__qualname__", type(function).__name__).split(".")[0]
+    return None if function is None else owner_of(function)
+
+
+def owner_of(function: Any) -> str:
+    """Whose a function in the host's options is, by the name of its class or its own."""
+    return getattr(function, "__qualname__", type(function).__name__).split(".")[0]
 
 
 def same_latent(a: Any, b: Any) -> bool:
