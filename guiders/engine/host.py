@@ -8,6 +8,8 @@ from typing import Any
 
 CFG_SLOT = "sampler_cfg_function"  # in model_options: the one function that replaces the host's combination
 POST_CFG = "sampler_post_cfg_function"  # in model_options: the list of functions after it
+_IN_MODEL = ("object_patches", "injections")  # attributes of a MODEL: what else than LoRAs the host puts into the one loaded model
+_AROUND_MODEL = ("model_options", "wrappers", "callbacks", "hook_patches")  # and what each clone has for itself
 CFG_WEIGHTS = ("cfg", "cfg1", "cfg2")  # attributes of the host's guiders
 _CFGPP = ("sample_euler_pp",)  # the host's samplers of CFG++ whose names do not say so
 _RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # in a LATENT that is empty: what its size was computed for
@@ -62,6 +64,25 @@ def same_latent(a: Any, b: Any) -> bool:
     """Whether two MODELs work on one kind of latent."""
     first, second = a.model.latent_format, b.model.latent_format
     return type(first).__name__ == type(second).__name__ and first.latent_channels == second.latent_channels
+
+
+def same_weights(a: Any, b: Any) -> bool:
+    """Whether two MODELs are clones of one loaded model with the same patches of all kinds that the host puts into it."""
+    return a.model is b.model and a.patches_uuid == b.patches_uuid and all(_same(getattr(a, name), getattr(b, name)) for name in _IN_MODEL)
+
+
+def same_predictions(a: Any, b: Any) -> bool:
+    """Whether two MODELs are clones that nothing tells apart, so that their predictions are the same."""
+    return same_weights(a, b) and all(_same(getattr(a, name), getattr(b, name)) for name in _AROUND_MODEL)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two nested dicts and lists hold the very same things, as clones do."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(value, b[key]) for key, value in a.items())
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return a is b
 
 
 def describe_latent(model: Any) -> str:
