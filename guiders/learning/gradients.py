@@ -20,6 +20,19 @@ def gradients() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def training_kernels() -> Iterator[None]:
+    """Inside, the host uses rotary embeddings and norms that have gradients, as when it trains, in place of fused ones that have none."""
+    import comfy.model_management as management  # here, because the rest needs no host
+
+    before = getattr(management, "in_training", False)
+    management.in_training = True
+    try:
+        yield
+    finally:
+        management.in_training = before
+
+
 def cloned(value: Any) -> Any:
     """A copy of nested lists, tuples and dicts with every tensor cloned, because autograd cannot save inference tensors."""
     if isinstance(value, Tensor):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-# deterministic, one function of the schedule, every operation differentiable (tests/policies/test_search_gradients.py tries each of them)
+# deterministic, one function of the schedule, every operation differentiable (tests/policies/test_search.py tries each of them)
 SAMPLERS = ("euler", "heun", "heunpp2", "dpm_2", "lms", "dpmpp_2m", "ipndm", "ipndm_v", "gradient_estimation")
 
 

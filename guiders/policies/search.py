@@ -16,7 +16,7 @@ from ..engine.attach import detach
 from ..engine.plan import Rule
 from ..engine.schedule import solver_step
 from ..learning.checkpoints import checkpointed, checkpointed_call
-from ..learning.gradients import cloned, gradients, ordinary_weights
+from ..learning.gradients import cloned, gradients, ordinary_weights, training_kernels
 from ..learning.recognition import setting_of
 from ..learning.runs import Runs
 from ..learning.samplers import differentiable
@@ -67,7 +67,8 @@ class SearchSampler(comfy.samplers.Sampler):
 
     def sample(self, model_wrap: Any, sigmas: Tensor, extra_args: dict, callback: Any, noise: Tensor, latent: Tensor, *_: Any) -> Tensor:
         """The CFG result. Called by the host's guider; a mask on the latent is not used."""
-        sampling = model_wrap.inner_model.model_sampling
+        model = model_wrap.inner_model
+        sampling = model.model_sampling
         x = sampling.noise_scaling(sigmas[0], noise, latent, self.max_denoise(model_wrap, sigmas))
 
         def run(weights: Tensor) -> Tensor:
@@ -75,7 +76,7 @@ class SearchSampler(comfy.samplers.Sampler):
             extra = {"model_options": extra_args["model_options"], "seed": extra_args["seed"]}
             return self.function(guided, x, sigmas, extra_args=extra, callback=None, disable=True)
 
-        with ordinary_weights(model_wrap.inner_model), checkpointed(model_wrap.inner_model.diffusion_model):
+        with training_kernels(), ordinary_weights(model), checkpointed(model.diffusion_model):
             with torch.no_grad():
                 target = run(x.new_full((len(sigmas) - 1,), model_wrap.cfg))
             logits = self.logits.to(x)

@@ -50,5 +50,8 @@ class LodestarPAG(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, layers: str, joint_attention: str, **settings: float) -> io.NodeOutput:
         """Attach the rule; a wrong layer name is refused here, with the layers this model has."""
-        perturbation = IdentityAttention(resolve_layers(model, layers), joint_attention)
+        try:
+            perturbation = IdentityAttention(resolve_layers(model, layers), joint_attention)
+        except ValueError as error:
+            raise ValueError(f"{PAG.name}: {error}") from None
         return guided(cls, model, PAG(perturbation=perturbation, **settings))

@@ -48,6 +48,16 @@ def test_the_gradient_is_that_of_finite_differences(kind):
         assert (ahead - behind) / 0.04 == pytest.approx(float((grad * direction).sum()), rel=0.02, abs=1e-5)
 
 
+def test_networks_whose_rotary_embeddings_are_fused_have_gradients():
+    """Wan: the host's fused kernels have none."""
+    with torch.inference_mode():
+        model = tools.tiny("wan")
+        latent = {"samples": torch.zeros(1, 16, 1, 8, 8)}
+        policy, _ = search(runs(model, latent=latent, steps=2), 2, 0.1)
+    assert len(policy.weights) == 2
+    assert not tools.comfy.model_management.in_training
+
+
 @pytest.mark.parametrize(
     "name", ["euler", "heun", "heunpp2", "dpm_2", "lms", "dpmpp_2m", "ipndm", "ipndm_v", "gradient_estimation", "ddim"]
 )
