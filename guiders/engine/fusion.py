@@ -19,7 +19,7 @@ from torch import Tensor
 from .branches import branch_conds, with_control_views
 from .choice import Choice
 from .evaluation import FusedCall
-from .host import is_dual_cfg
+from .host import PRE_CFG, is_dual_cfg
 from .rows import replace_rows
 from .run import Run
 
@@ -34,6 +34,7 @@ def evaluate(run: Run, calc: Calc, lists: list, x: Tensor, timestep: Tensor, opt
         return calc(lists, x, timestep, options)
     run.evaluation.served = True
     asked = _leave_out(run, lists, index, options)
+    run.evaluation.guides = bool(asked.others)
     out = _call(run, calc, asked, x, timestep, options)
     _complete(run, asked, out, x, timestep)
     return out
@@ -104,7 +105,9 @@ def _call(run: Run, calc: Calc, asked: _Asked, x: Tensor, timestep: Tensor, opti
     extra, out = out[: len(own)], out[len(own) :]
     if asked.uncond_alone:
         out[asked.positive] = out[asked.others[0]].clone()
-    evaluation.cond, evaluation.others = out[asked.positive], dict(zip(own, extra, strict=True))
+    cond = out[asked.positive]
+    evaluation.cond = cond.clone() if options.get(PRE_CFG) else cond  # such functions may write into what they get
+    evaluation.others = dict(zip(own, extra, strict=True))
     for branch in evaluation.branches:
         if branch.model is not None:
             evaluation.others[branch] = run.weak_models[branch.model].predict(x, timestep, choice.terms)

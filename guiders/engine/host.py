@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 CFG_SLOT = "sampler_cfg_function"  # in model_options: the one function that replaces the host's combination
+PRE_CFG = "sampler_pre_cfg_function"  # in model_options: the list of functions before it
 POST_CFG = "sampler_post_cfg_function"  # in model_options: the list of functions after it
 CFG_WEIGHTS = ("cfg", "cfg1", "cfg2")  # attributes of the host's guiders
 
@@ -40,6 +41,13 @@ def cfg_slot_owner(model_options: Mapping[str, Any]) -> str | None:
     """What has claimed the CFG slot of a model, by the name of its class or function; None if it is free."""
     function = model_options.get(CFG_SLOT)
     return None if function is None else getattr(function, "__qualname__", type(function).__name__).split(".")[0]
+
+
+def is_one_video(guider: Any, batch: int) -> bool:
+    """Whether the rows of a batch are the frames of one video (SVD, SV3D). Known once the host has encoded the conds of a run."""
+    conds = [cond for conds in guider.conds.values() for cond in conds or ()]
+    frames = [cond.get("model_conds", {}).get("num_video_frames") for cond in conds]
+    return any(constant is not None and constant.cond == batch for constant in frames)
 
 
 def same_latent(a: Any, b: Any) -> bool:
