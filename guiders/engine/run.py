@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ from ..spaces import Layout, cosine_per_sample, is_flow, norm_per_sample, on_dev
 from .choice import Choice, Rows
 from .curves import CFG_UPDATE, COSINE, Curves, Quantity
 from .evaluation import Evaluation
+from .host import is_one_video
 from .keys import RUN
 from .log import RunLog, publish
 from .plan import GuidancePlan, Policy, Shaper, Term
@@ -71,6 +73,10 @@ class Run:
         return self.plan.active(Policy)
 
     # --- one evaluation after the other ---
+
+    def begin_sampling(self) -> None:
+        """The host has encoded the conds: they say whether the batch is one video."""
+        self.layout = replace(self.layout, one_video=is_one_video(self.guider, self.log.batch))
 
     def begin_evaluation(self, sigma: Tensor) -> Evaluation:
         """Find the solver step that asks, and what this evaluation computes."""

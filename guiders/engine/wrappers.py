@@ -64,6 +64,7 @@ def _sampler_sample(executor: Any, guider: Any, sigmas: Tensor, extra_args: dict
     run = run_of(extra_args["model_options"])
     models = {id(b.model): b.model for _, term in run.terms for b in term.branches if b.model is not None}
     prepared: list[WeakModel] = []
+    run.begin_sampling()
     try:
         for model in models.values():
             prepared.append(WeakModel(model, run, extra_args, *args[1:4], **kwargs))
