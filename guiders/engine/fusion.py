@@ -9,6 +9,7 @@ and the first row labelled cond, the first uuid and so on are what they would be
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -48,6 +49,9 @@ class WindowedBranches:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.handler, name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WindowedBranches:
+        return WindowedBranches(copy.deepcopy(self.handler, memo), self.run)
 
     def execute(self, calc: Callable, model: Any, conds: list, x: Tensor, timestep: Tensor, options: dict[str, Any], **kwargs: Any) -> list:
         """The handler's own call with the branches among its conds."""

@@ -113,6 +113,10 @@ class GuidancePlan:
 
     entries: tuple[Entry, ...] = ()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> GuidancePlan:
+        """Itself: nothing in it changes, and packs that copy the options of a model deeply copy neither its log nor its weak models."""
+        return self
+
     @property
     def rules(self) -> tuple[Rule, ...]:
         """The rules alone."""

@@ -57,6 +57,10 @@ class Run:
         self._curves = Curves(self.log.curves)
         self._began = time.perf_counter()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Run:
+        """Itself: packs that copy the options of a sampling call deeply, while it goes on, mean the same call."""
+        return self
+
     @cached_property
     def terms(self) -> list[tuple[int, Term]]:
         """Active terms with their index in the plan."""

@@ -84,6 +84,10 @@ class Telemetry:
         self.due = 0.0
         self.sent = False
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Telemetry:
+        """Itself, for packs that copy a model's options deeply: a listener has the server at its other end."""
+        return self
+
     def evaluated(self, run: Run) -> None:
         """After an evaluation: a message, unless the last one is too young or nobody is there."""
         now = time.monotonic()

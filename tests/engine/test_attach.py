@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import threading
+
 import pytest
 import tools
 import torch
-from tools import attach, close, empty_latent, guided, pag, sample, tiny
+from conditioning_tools import windows
+from tools import attach, close, empty_latent, guided, log_of, pag, sample, tiny
 
 from lodestar.guiders.engine.attach import detach
+from lodestar.guiders.engine.keys import PLAN, RUN
 from lodestar.guiders.engine.plan import plan_of
+from lodestar.guiders.engine.telemetry import Telemetry
 from lodestar.guiders.engine.wrappers import WRAPPERS
 from lodestar.guiders.policies.interval import GuidanceInterval
 from lodestar.guiders.shapers.apg import APG
@@ -78,3 +84,41 @@ def test_detach_leaves_what_came_after_us():
     assert close(run(detach(after)), run(with_another_pack(model)))
     again = guided(detach(after), pag(model))
     assert close(run(again), run(guided(with_another_pack(model), pag(model))))
+
+
+# --- packs that copy the options of a model deeply -------------------------------------------------------------------
+
+
+def test_options_that_were_copied_deeply_are_those_of_the_same_plan():
+    model = tiny("unet")
+    attached = guided(model, *everything(model))
+    expected = run(attached)
+    copied = attached.clone()
+    copied.model_options = copy.deepcopy(attached.model_options)
+    assert torch.equal(run(copied), expected)
+    assert log_of(attached) is log_of(copied)
+    assert torch.equal(run(guided(copied, pag(model))), run(guided(attached, pag(model))))
+    assert detach(copied).model_options == model.model_options
+
+
+def test_options_can_be_copied_deeply_while_a_run_goes_on():
+    model, copies = tiny("unet"), []
+
+    def another_pack(args):
+        copies.append((args["model_options"], copy.deepcopy(args["model_options"])))
+        return args["denoised"]
+
+    attached = windows(dim=0)(guided(model, *everything(model)))
+    attached.set_model_sampler_post_cfg_function(another_pack)
+    run(attached)
+    assert len(copies) == 3
+    for original, copied in copies:
+        for key in (PLAN, RUN):
+            assert copied["transformer_options"][key] is original["transformer_options"][key]
+        assert copied["context_handler"].context_length == original["context_handler"].context_length
+
+
+def test_telemetry_is_not_copied():
+    """It stands in the options of a cascade's stages, and leads to the server."""
+    telemetry = Telemetry(threading.Lock())
+    assert copy.deepcopy(telemetry) is telemetry

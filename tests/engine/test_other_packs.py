@@ -8,7 +8,6 @@ import pytest
 import tools
 import torch
 from adaptive_tools import ag
-from conditioning_tools import node
 from tools import close, comfy, empty_latent, guided, log_of, pag, sample, tiny
 
 from lodestar.guiders.policies.interval import GuidanceInterval
