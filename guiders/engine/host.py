@@ -26,10 +26,18 @@ def reads_uncond(sampler: Any) -> str | None:
 
 
 def combines_itself(guider: Any) -> bool:
-    """Whether a guider combines the predictions itself, and not with the host's own sampling function."""
+    """Whether a guider has a way of its own from the conds to the denoised prediction; one of another pack may use the host's in it."""
     import comfy.samplers  # here, because maths that needs no host asks other things of this module
 
     return type(guider).predict_noise is not comfy.samplers.CFGGuider.predict_noise
+
+
+def is_known_to_combine(guider: Any) -> bool:
+    """Whether that way is one of the host's (Perp-Neg, dual model ...), which do not use its sampling function."""
+    import comfy.samplers
+
+    defining = [cls for cls in type(guider).__mro__ if "predict_noise" in vars(cls) and cls is not comfy.samplers.CFGGuider]
+    return any(cls.__module__.split(".")[0] in ("comfy", "comfy_extras") for cls in defining)
 
 
 def is_dual_cfg(guider: Any) -> bool:

@@ -101,6 +101,12 @@ class Run:
             self.evaluation.choices[index] &= choice
             self._log_choice()
 
+    def leave_out_at_weight_1(self) -> None:
+        """Where a policy wants weight 1 and the guider has a weight of its own: D_u is D_c, whatever the weight."""
+        for index, choice in list(self.evaluation.choices.items()):
+            if choice.weight == 1:
+                self.narrow(index, Choice(uncond=False))
+
     def _log_choice(self) -> None:
         if self.evaluation.first:
             self.log.choices[self.evaluation.index] = self.evaluation.choice
