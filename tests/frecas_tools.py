@@ -16,9 +16,9 @@ KINDS = ["unet", "unet_v", "mmdit"]
 ENDS = {"unet": 0.9, "unet_v": 0.9, "mmdit": 0.4}
 
 
-def pixels(kind: str, seed: int = 0):
-    """A tiny model of pictures that are their own latents, for the host's pixel-space VAE."""
-    model = tiny(kind, seed, in_channels=3, **({} if kind == "mmdit" else {"out_channels": 3}))
+def pixels(kind: str, seed: int = 0, **changes):
+    """A tiny model of pictures that are their own latents, for the host's pixel-space VAE; ``changes`` go into its configuration."""
+    model = tiny(kind, seed, in_channels=3, **({} if kind == "mmdit" else {"out_channels": 3}), **changes)
     model.model.latent_format = ShapesLatent()
     return model
 

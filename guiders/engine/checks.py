@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .host import cfg_slot_owner, combines_itself, is_dual_cfg, is_known_to_combine, reads_uncond
-from .plan import GuidancePlan, Policy, Rule, Shaper
+from .plan import GuidancePlan, Policy, Rule, Shaper, Term
 from .run import Run
 from .start import Start
 
@@ -18,12 +18,13 @@ def check_start(plan: GuidancePlan, start: Start) -> None:
     """Raise ValueError for the first thing because of which the plan cannot work in this sampling call."""
     shapers = [rule for _, rule in plan.active(Shaper)]
     policies = [rule for _, rule in plan.active(Policy)]
+    terms = [rule for _, rule in plan.active(Term)]
     if is_known_to_combine(start.guider) and not is_dual_cfg(start.guider):  # whose combination is made of the host's CFG function
         for rule in (*shapers, *policies):
             refuse_own_combination(rule.name, start.guider)
     for rule in policies:
         _refuse_without_cfg(rule.name, start.guider)
-    for rule in (*policies, *shapers):
+    for rule in (*policies, *shapers, *terms):
         rule.check(start)
     for rule in shapers:
         refuse_foreign_cfg(rule.name, start.guider.model_options)

@@ -9,6 +9,8 @@ from typing import Any
 CFG_SLOT = "sampler_cfg_function"  # in model_options: the one function that replaces the host's combination
 PRE_CFG = "sampler_pre_cfg_function"  # in model_options: the list of functions before it
 POST_CFG = "sampler_post_cfg_function"  # in model_options: the list of functions after it
+_IN_MODEL = ("object_patches", "injections")  # attributes of a MODEL: what else than LoRAs the host puts into the one loaded model
+_AROUND_MODEL = ("model_options", "wrappers", "callbacks", "hook_patches")  # and what each clone has for itself
 CFG_WEIGHTS = ("cfg", "cfg1", "cfg2")  # attributes of the host's guiders
 
 
@@ -48,7 +50,12 @@ def is_dual_cfg(guider: Any) -> bool:
 def cfg_slot_owner(model_options: Mapping[str, Any]) -> str | None:
     """What has claimed the CFG slot of a model, by the name of its class or function; None if it is free."""
     function = model_options.get(CFG_SLOT)
-    return None if function is None else getattr(function, "__qualname__", type(function).__name__).split(".")[0]
+    return None if function is None else owner_of(function)
+
+
+def owner_of(function: Any) -> str:
+    """Whose a function in the host's options is, by the name of its class or its own."""
+    return getattr(function, "__qualname__", type(function).__name__).split(".")[0]
 
 
 def is_one_video(guider: Any, batch: int) -> bool:
@@ -62,6 +69,25 @@ def same_latent(a: Any, b: Any) -> bool:
     """Whether two MODELs work on one kind of latent."""
     first, second = a.model.latent_format, b.model.latent_format
     return type(first).__name__ == type(second).__name__ and first.latent_channels == second.latent_channels
+
+
+def same_weights(a: Any, b: Any) -> bool:
+    """Whether two MODELs are clones of one loaded model with the same patches of all kinds that the host puts into it."""
+    return a.model is b.model and a.patches_uuid == b.patches_uuid and all(_same(getattr(a, name), getattr(b, name)) for name in _IN_MODEL)
+
+
+def same_predictions(a: Any, b: Any) -> bool:
+    """Whether two MODELs are clones that nothing tells apart, so that their predictions are the same."""
+    return same_weights(a, b) and all(_same(getattr(a, name), getattr(b, name)) for name in _AROUND_MODEL)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two nested dicts and lists hold the very same things, as clones do."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(value, b[key]) for key, value in a.items())
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return a is b
 
 
 def describe_latent(model: Any) -> str:

@@ -15,6 +15,9 @@ Wrappers, additional models (on a ModelPatcher):
                 The APPLY_MODEL wrapper writes; FreCaS's maps read
     CHUNKS      in a part of an attention call: which chunks of the forward pass it has. Perturbed attention writes; it and the maps read
 
+Attribute of a MODEL:
+    OWN_WEIGHTS the same weak model on a second set of weights. Autoguidance writes and reads; clones do not have it
+
 Attribute of a SAMPLER:
     NODE        the node of the graph that it comes from. Nodes write; telemetry reads
 """
@@ -34,6 +37,8 @@ TELEMETRY = "lodestar_telemetry"
 LABELS = "lodestar_labels"
 NARROWED = "lodestar_narrowed"
 CHUNKS = "lodestar_chunks"
+
+OWN_WEIGHTS = "lodestar_own_weights"
 
 NODE = "lodestar_node"
 

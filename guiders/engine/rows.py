@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import comfy.conds
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ..spaces import on_device_of
 from .choice import Rows
+from .compiling import uncompiled
 from .keys import LABELS, LODESTAR, NARROWED, RUN, options_of, with_options
 from .run import Run
 
@@ -47,10 +49,12 @@ def _with_variants(
 ) -> Tensor:
     """One model call, with each branch's change of the network in its own chunks."""
     branches = [run.evaluation.call.branch_of(label) for label in _labels(options)]
-    for variant in dict.fromkeys(branch.variant for branch in branches if branch is not None):
+    variants = dict.fromkeys(branch.variant for branch in branches if branch is not None)
+    for variant in variants:
         options = variant.patch(options, [branch is not None and branch.variant == variant for branch in branches])
     args, kwargs = with_options(options, args, kwargs)
-    return executor(x, t, *args, **kwargs)
+    with uncompiled() if variants else nullcontext():
+        return executor(x, t, *args, **kwargs)
 
 
 def _in_parts(run: Run, executor: Callable, groups: Groups, x: Tensor, t: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

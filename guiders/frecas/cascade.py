@@ -29,6 +29,8 @@ from .maps import Maps
 from .stages import NAME, Stage, gamma_of, ratio, read_stages
 from .transition import StageStart, decode, empty_latent, encode, first_start, next_start, rescale_conditioning, resize
 
+_OWN_LEVELS = ("dpm_fast", "dpm_adaptive")  # the host's samplers that take only the ends of a schedule
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cascade:
@@ -66,8 +68,7 @@ class Cascade:
 
         latent: what the first stage starts from, of any size (zeros for nothing). All stages keep to its ``noise_mask``.
         """
-        if latent["samples"].is_nested:
-            raise ValueError(f"{NAME} works on pictures and videos; this latent packs several parts.")
+        self._check(latent)
         maps = [Maps() for _ in self.stages]
         models, schedules = self._models(maps), self.schedules()
         known = _Known(self.vae, latent, self.resize)
@@ -90,6 +91,16 @@ class Cascade:
         if plan is not None:
             publish(plan, joined(logs))
         return [{"samples": result} for result in results]
+
+    def _check(self, latent: dict[str, Any]) -> None:
+        """Raise ValueError, before anything is evaluated, for a latent or a sampler with which stages cannot work."""
+        if latent["samples"].is_nested:
+            raise ValueError(f"{NAME} works on pictures and videos; this latent packs several parts.")
+        if self.sampler in _OWN_LEVELS and len(self.stages) > 1:
+            raise ValueError(
+                f"{NAME} and the sampler {self.sampler} do not go together: it chooses its noise levels itself and never evaluates the one "
+                "at which a stage ends; use another sampler, such as dpmpp_2m."
+            )
 
     def _start(self, index: int, known: _Known, results: Sequence[Tensor], sigmas: Tensor, seed: int) -> StageStart:
         """A stage before it is sampled, given the results of those before it."""

@@ -1,5 +1,7 @@
 """How maps get into the host's models: collected in the last evaluation of a stage, mixed into every one of the next. See maps.py.
 
+Where a policy leaves branches out, each row's maps come from the last step in which it was evaluated.
+
 Nothing here changes a module or a model: layers are reached through the options that travel with one forward pass.
 """
 
@@ -7,7 +9,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +18,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..engine.branches import branch_uuid
+from ..engine.compiling import uncompiled
 from ..engine.keys import MAPS, NARROWED, RUN, options_of, with_options
 from ..engine.plan import plan_of
 from ..network.calls import Call, chunks_left, ordinary_attention
@@ -52,6 +55,7 @@ class _Reuse:
         self.use, self.collect, self.patch = use, collect, patch
         self.keys: dict[uuid.UUID, Hashable] = {}
         self.own: set[uuid.UUID] = set()
+        self.mixed = use
 
     def outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Note the index of each cond in the guider's lists: their uuids are new in every run."""
@@ -62,32 +66,46 @@ class _Reuse:
                 self.own.add(cond["uuid"])
                 for entry in (cond["uuid"], *(branch_uuid(cond["uuid"], branch) for branch in branches)):
                     self.keys[entry] = name, index
+        self.mixed = None if self.use is None or self._one_sided(guider) else self.use
         try:
             return executor(*args, **kwargs)
         finally:
             self.keys.clear()
             self.own.clear()
 
+    def _one_sided(self, guider: Any) -> bool:
+        """Whether the run is guided, and the stage before never evaluated one of its two branches (a guidance interval did that).
+
+        With the maps in one branch alone, D_c - D_u would show what the maps do, and guidance would enlarge it.
+        """
+        names = {index[0] for _, index in self.use.layers if index is not None}
+        return guider.cfg != 1 and bool(names) and names != {name for name, conds in guider.original_conds.items() if conds}
+
     def apply_model(self, executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """One forward pass, with attention replaced where maps are mixed or collected."""
         options = options_of(args, kwargs)
         run = options.get(RUN)
-        last = run is not None and run.evaluation.first and run.evaluation.index == run.log.steps - 1
-        if run is None or (self.use is None and not last):
+        if run is None:  # called outside of a sampling run
+            return executor(x, t, *args, **kwargs)
+        evaluation = run.evaluation
+        last = evaluation.index == run.log.steps - 1 or bool(run.policies)  # where a policy decides, any step may be a branch's last
+        collects = self.collect is not None and evaluation.first and last
+        if self.mixed is None and not collects:
             return executor(x, t, *args, **kwargs)
         rows, entries = options.get(NARROWED, (None, options["uuids"]))
         keys = [(label, self.keys.get(entry)) for label, entry in zip(options["cond_or_uncond"], entries, strict=True)]
-        wanted = [last and self.collect is not None and entry in self.own and rows is None for entry in entries]
-        options = self.patch(options, Chunks(self.use, self.collect, keys, wanted, rows), x)
+        wanted = [collects and entry in self.own for entry in entries]
+        options = self.patch(options, Chunks(self.mixed, self.collect, keys, wanted, rows, evaluation.index), x)
         args, kwargs = with_options(options, args, kwargs)
-        return executor(x, t, *args, **kwargs)
+        with uncompiled():
+            return executor(x, t, *args, **kwargs)
 
 
 @dataclass(frozen=True)
 class Chunks:
     """The equal chunks of rows of one forward pass: by whose keys they look up maps in ``use``, and which of them are collected.
 
-    rows: those that are left of every chunk, None for all.
+    rows: those that are left of every chunk, None for all. step: the solver step that evaluates them.
     """
 
     use: Maps | None
@@ -95,17 +113,18 @@ class Chunks:
     keys: Sequence[Hashable]
     wanted: Sequence[bool]
     rows: Sequence[int] | None
+    step: int = 0
 
     def left(self, options: dict[str, Any]) -> Chunks:
         """The chunks that one call of an attention function has."""
         left = chunks_left(options, len(self.keys))
-        return Chunks(self.use, self.collect, [self.keys[i] for i in left], [self.wanted[i] for i in left], self.rows)
+        return replace(self, keys=[self.keys[i] for i in left], wanted=[self.wanted[i] for i in left])
 
     def take_in(self, size: tuple[int, int], map_of: Callable[..., Tensor], *tensors: Tensor) -> None:
         """Collect ``map_of`` each wanted chunk of the tensors [B, ...]."""
         for key, wanted, *parts in zip(self.keys, self.wanted, *map(self.split, tensors), strict=True):
             if wanted:
-                self.collect.add(key, size, map_of(*parts))
+                self.collect.add(key, size, map_of(*parts), self.step, self.rows)
 
     def maps(self, size: tuple[int, int], tokens: int, like: Tensor) -> list[Tensor | None]:
         """The map [B/chunks, h*w, T] of each chunk, of the dtype and on the device of ``like``."""

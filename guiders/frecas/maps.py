@@ -14,7 +14,7 @@ map_patches.py reaches the layers of the host's models with them.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -71,12 +71,16 @@ def with_tokens(grid: Tensor, tokens: int) -> Tensor | None:
 class Maps:
     """The averaged maps of one stage, each under the key of the chunk of rows that it comes from. Lives as long as the cascade's run.
 
-    layers: by key and by size (h, w), the sum [B, T, h, w] of what was collected, and of how many layers.
+    A policy may stop a branch, or rows of it, before the stage ends. So every row keeps the maps of the last solver step in which it
+    was evaluated.
+
+    layers: by key, row and size (h, w), the sum [1, T, h, w] of what was collected, and of how many layers.
     """
 
     def __init__(self) -> None:
-        self.layers: dict[Hashable, dict[tuple[int, int], tuple[Tensor, int]]] = defaultdict(dict)
-        self._averages: dict[Hashable, Tensor] = {}
+        self.layers: dict[Hashable, dict[int, dict[tuple[int, int], tuple[Tensor, int]]]] = defaultdict(lambda: defaultdict(dict))
+        self._steps: dict[tuple[Hashable, int], int] = {}
+        self._averages: dict[Hashable, list[Tensor]] = {}
         self._sized: dict[Hashable, Tensor] = {}
 
     @property
@@ -84,11 +88,15 @@ class Maps:
         """Whether it holds no tensor."""
         return not (self.layers or self._averages or self._sized)
 
-    def add(self, key: Hashable, size: tuple[int, int], grid: Tensor) -> None:
-        """Take in the map [B, N, T] of one layer with h*w = N queries."""
-        grid = rearrange(grid, "b (h w) t -> b t h w", h=size[0])
-        total, count = self.layers[key].get(size, (0, 0))
-        self.layers[key][size] = total + grid, count + 1
+    def add(self, key: Hashable, size: tuple[int, int], grid: Tensor, step: int = 0, rows: Sequence[int] | None = None) -> None:
+        """Take in the map [B, N, T] of one layer with h*w = N queries, of these rows (None: all) in one solver step."""
+        grids = rearrange(grid, "b (h w) t -> b t h w", h=size[0]).split(1)
+        for row, part in zip(range(len(grids)) if rows is None else rows, grids, strict=True):
+            if self._steps.setdefault((key, row), step) != step:
+                self._steps[key, row] = step
+                self.layers[key][row].clear()
+            total, count = self.layers[key][row].get(size, (0, 0))
+            self.layers[key][row][size] = total + part, count + 1
 
     def at(self, key: Hashable, size: tuple[int, int], tokens: int, like: Tensor) -> Tensor | None:
         """The averaged map [B, h*w, T] for a layer of the next stage, if there is one for this text."""
@@ -97,14 +105,15 @@ class Maps:
             if key not in self.layers:
                 return None
             if key not in self._averages:
-                self._averages[key] = average(self.layers[key])
-            grid = with_tokens(self._averages[key], tokens)
-            if grid is None:
+                self._averages[key] = [average(layers) for _, layers in sorted(self.layers[key].items())]
+            grids = [with_tokens(grid, tokens) for grid in self._averages[key]]
+            if any(grid is None for grid in grids):
                 return None
-            self._sized[wanted] = rearrange(enlarged(grid, *size), "b t h w -> b (h w) t").to(like)
+            grids = [enlarged(grid, *size) for grid in grids]
+            self._sized[wanted] = rearrange(torch.cat(grids), "b t h w -> b (h w) t").to(like)
         return self._sized[wanted]
 
     def clear(self) -> None:
         """Free the memory."""
-        for tensors in (self.layers, self._averages, self._sized):
-            tensors.clear()
+        for part in (self.layers, self._steps, self._averages, self._sized):
+            part.clear()

@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from ..engine.host import owner_of
 from .calls import Call, flags_left, merge, narrowed, ordinary_attention, take
-from .layers import Layer
+from .layers import Layer, listing
 
 # --- the maths -------------------------------------------------------------------------------------------------------
 
@@ -88,9 +89,10 @@ class IdentityAttention:
         patches = {kind: dict(of_kind) for kind, of_kind in options.get("patches_replace", {}).items()}
         options["patches_replace"] = patches
         unet = [layer for layer in self.layers if layer.architecture.hook == "attn1"]
+        before = [owner_of(function) for function in options.get("patches", {}).get("attn1_patch", ())]
         for layer in unet:
             attn1, key = patches.setdefault("attn1", {}), (layer.stack, layer.block)
-            attn1[(*key, layer.sub)] = _ReplacedAttention(attn1.get((*key, layer.sub), attn1.get(key)), perturbed, layer.video)
+            attn1[(*key, layer.sub)] = _ReplacedAttention(layer, attn1.get((*key, layer.sub), attn1.get(key)), perturbed, before)
         if len(unet) < len(self.layers):
             self._override(options, patches, perturbed)
         return options
@@ -112,24 +114,37 @@ class IdentityAttention:
 
 
 class _ReplacedAttention:
-    """attn1 of one layer of a UNet: V in the perturbed rows; elsewhere the earlier replacement or the host's attention."""
+    """attn1 of one layer of a UNet: V in the perturbed rows; elsewhere the earlier replacement or the host's attention.
 
-    def __init__(self, previous: Callable | None, perturbed: Sequence[bool], video: bool) -> None:
-        self.previous, self.perturbed, self.video = previous, tuple(perturbed), video
+    before: whose functions may change q, k and v before they come here.
+    """
+
+    def __init__(self, layer: Layer, previous: Callable | None, perturbed: Sequence[bool], before: Sequence[str]) -> None:
+        self.layer, self.previous, self.perturbed, self.before = layer, previous, tuple(perturbed), before
         self.calls = 0
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
         """q, k, v [B, N, H*d] -> [B, N, H*d]."""
         flags = flags_left(extra_options, self.perturbed)
         self.calls += 1
-        temporal = self.video and self.calls % 2 == 0
-        if temporal or not any(flags) or q.shape[1] != v.shape[1]:
+        temporal = self.layer.video and self.calls % 2 == 0
+        if temporal or not any(flags):
             return ordinary_attention(self.previous, q, k, v, extra_options)
+        if q.shape != v.shape:
+            self._refuse()
         if all(flags):
             return v
         keep = [not flag for flag in flags]
         clean = ordinary_attention(self.previous, *(take(x, keep) for x in (q, k, v)), narrowed(extra_options, keep))
         return merge(clean, take(v, flags), flags)
+
+    def _refuse(self) -> NoReturn:
+        """Raise ValueError where the queries' tokens are not those of the values: V would have no effect, or be of another shape."""
+        other = " and ".join(dict.fromkeys(self.before)) or "another node"
+        raise ValueError(
+            f"Perturbed attention (PAG) and {other} do not go together in the layer {listing((self.layer,))}: its queries were divided or "
+            f"merged and its values were not; perturb other layers, or bypass {other}."
+        )
 
 
 # --- its hook in a transformer: optimized_attention_override ---------------------------------------------------------

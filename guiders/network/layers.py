@@ -89,7 +89,7 @@ def resolve_layers(model: Any, text: str) -> tuple[Layer, ...]:
     counted = _counted(diffusion_model, architecture)
     names = [name.strip().lower() for name in text.split(",") if name.strip()]
     if not names:
-        raise ValueError(f"Name at least one layer to perturb; this model has {_listing(layers)}.")
+        raise ValueError(f"Name at least one layer to perturb; this model has {listing(layers)}.")
     chosen = {layer for name in names for layer in _named(name, layers, counted)}
     return tuple(layer for layer in layers if layer in chosen)
 
@@ -140,7 +140,7 @@ def _counted(diffusion_model: Any, architecture: Architecture) -> dict[str, list
     return {letter: [block for block in blocks if block[0] == stack] for letter, stack in letters.items()}
 
 
-def _listing(layers: Sequence[Layer]) -> str:
+def listing(layers: Sequence[Layer]) -> str:
     """All layers in the grammar of their names: ``input:1,2,4.0-1 middle:0``."""
     parts = []
     for stack, members in groupby(layers, lambda layer: layer.stack):
@@ -171,7 +171,7 @@ def _named(name: str, layers: Sequence[Layer], counted: dict[str, list[tuple[str
     else:
         found = _numbered(name, layers, counted)
     if not found:
-        raise ValueError(f"This model has no self-attention layer '{name}'; it has {_listing(layers)}.")
+        raise ValueError(f"This model has no self-attention layer '{name}'; it has {listing(layers)}.")
     return found
 
 

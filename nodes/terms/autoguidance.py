@@ -6,7 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ...guiders.terms.autoguidance import Autoguidance, check_weak_model, with_own_weights
+from ...guiders.engine.attach import detach
+from ...guiders.terms.autoguidance import Autoguidance, check_weak_model, refuse_same_model, with_own_weights
 from ..schema import guidance_schema, guided, window_inputs
 
 
@@ -38,8 +39,9 @@ class LodestarAutoguidance(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, weak_model: Any, scale: float, **window: float) -> io.NodeOutput:
-        """Attach the rule; models of different latent formats are refused here."""
+        """Attach the rule; models of different latent formats, and the same model twice, are refused here."""
         check_weak_model(model, weak_model)
         if scale != 1:
+            refuse_same_model(detach(model), detach(weak_model))
             weak_model = with_own_weights(weak_model, model)
         return guided(cls, model, Autoguidance(weak_model=weak_model, scale=scale, **window))

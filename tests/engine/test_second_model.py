@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import inspect
+import weakref
+from types import SimpleNamespace
+
 import pytest
 import tools
 import torch
-from tools import WrappersMP, close, comfy, empty_latent, guided, nodes, pag, sample, tiny
+from tools import WrappersMP, attach, close, comfy, empty_latent, guided, nodes, pag, sample, tiny
 from torch import Tensor
 
 from lodestar.guiders.shapers.apg import APG
@@ -63,12 +68,6 @@ def test_a_weak_model_with_a_plan_of_its_own_is_evaluated_plainly():
     assert torch.equal(run(guided(model, Autoguidance(weak_model=guided_weak))), expected)
 
 
-@pytest.mark.parametrize("kind", tools.KINDS)
-def test_the_same_model_twice_has_nothing_to_add(kind):
-    model = tiny(kind)
-    assert close(run(attach_node(model, model.clone(), scale=3.0)), run(model))
-
-
 # --- refused ---------------------------------------------------------------------------------------------------------
 
 
@@ -82,6 +81,79 @@ def test_another_latent_format_of_as_many_channels_is_refused_by_name():
         other = tiny("unet")
         other.model.latent_format = comfy.latent_formats.SDXL()
         attach_node(tiny("unet"), other)
+
+
+def test_the_same_model_twice_is_refused_whatever_its_own_guidance():
+    base = tiny("unet")
+    patched = lora(base, 1)
+    for model, weak in ((base, base), (base, base.clone()), (patched, patched.clone()), (guided(base, APG(), pag(base)), attach(base))):
+        with pytest.raises(ValueError, match="are the same model"):
+            attach_node(model, weak)
+        attach_node(model, weak, scale=1.0)
+
+
+def blurred(model):
+    """A clone with a degrading patch of another pack, which leaves the weights alone."""
+    clone = model.clone()
+    clone.set_model_attn1_output_patch(lambda attended, options: 0.5 * attended)
+    return clone
+
+
+def wrapped(model):
+    """The same by a wrapper."""
+    return tools.with_wrapper(model, "diffusion_model", lambda executor, x, *args, **more: 0.5 * executor(x, *args, **more))
+
+
+@pytest.mark.parametrize("degraded", [blurred, wrapped])
+def test_the_same_weights_under_a_patch_of_another_pack_are_a_weak_model(degraded):
+    model, twin = tiny("unet"), tiny("unet")
+    both = attach_node(model, degraded(model))
+    assert torch.equal(run(both), run(attach_node(tiny("unet"), degraded(twin))))
+    assert not close(run(both), run(model), 1e-3)
+
+
+def other_schedule(model):
+    """A clone with an object patch: another object in the place of the host's."""
+    clone = model.clone()
+    clone.add_object_patch("model_sampling", tiny("unet_v").get_model_object("model_sampling"))
+    return clone
+
+
+def bypass(model, scale: float = 1.5):
+    """A clone with a change of one of its layers, as the host's LoRA loader makes it in bypass mode."""
+    clone, layer = model.clone(), model.model.diffusion_model.middle_block[0].in_layers[2]
+    forward = type(layer).forward
+    inject = lambda patcher: setattr(layer, "forward", lambda x: scale * forward(layer, x))  # noqa: E731
+    eject = lambda patcher: layer.__dict__.pop("forward", None)  # noqa: E731
+    clone.set_injections("bypass_lora", [comfy.model_patcher.PatcherInjection(inject=inject, eject=eject)])
+    return clone
+
+
+PATCHES = {"a LoRA": lambda model: lora(model, 1), "an object": other_schedule, "an injection": bypass}
+
+
+@pytest.mark.parametrize("patch", PATCHES.values(), ids=PATCHES)
+def test_patches_of_the_model_behind_the_node_are_refused(patch):
+    """They would reach a weak model that is the same loaded file."""
+    model = tiny("unet")
+    before = attach_node(patch(model), blurred(model))
+    with pytest.raises(ValueError, match="put the patch before Autoguidance"):
+        run(patch(attach_node(model, blurred(model))))
+    run(patch(guided(model, Autoguidance(weak_model=model, scale=1.0))))
+    run(before)
+
+
+@pytest.mark.parametrize("patch", PATCHES.values(), ids=PATCHES)
+def test_patches_of_the_model_before_the_node_do_not_reach_the_weak_model(patch):
+    model = tiny("unet")
+    expected = run(attach_node(patch(tiny("unet")), tiny("unet")))
+    assert torch.equal(run(attach_node(patch(model), model)), expected)
+
+
+def test_an_injection_into_a_weak_model_of_the_same_file_is_refused():
+    model = tiny("unet")
+    with pytest.raises(ValueError, match="bypass mode"):
+        attach_node(model, bypass(model))
 
 
 # --- one file, two sets of LoRAs -------------------------------------------------------------------------------------
@@ -123,6 +195,95 @@ def test_own_weights_only_where_they_are_needed():
     clone = base.clone()
     assert with_own_weights(clone, base) is clone
     assert with_own_weights(lora(base, 1), base).model is not base.model
+
+
+def own_model(both):
+    """The weights of the weak model of a guided one."""
+    return both.get_additional_models()[0].model
+
+
+def test_weights_are_copied_once_for_all_scales_and_freed_with_the_weak_model():
+    base = tiny("unet")
+    main, weak = lora(base, 1), base.clone()
+    both = attach_node(main, weak)
+    other = attach_node(lora(base, 2), weak, scale=3.0)
+    copied = weakref.ref(own_model(both))
+    assert own_model(other) is copied() is not base.model
+    assert torch.equal(run(other), run(attach_node(lora(tiny("unet"), 2), tiny("unet"), scale=3.0)))
+    del both, other
+    gc.collect()
+    assert own_model(attach_node(main, weak, scale=1.5)) is copied()
+    assert [entry.model.model for entry in comfy.model_management.current_loaded_models if entry.real_model() is copied()] == [copied()]
+    del weak
+    gc.collect()
+    assert copied() is None
+
+
+def test_two_weak_models_of_one_file_have_a_set_of_weights_each():
+    base = tiny("unet")
+    both = attach_node(attach_node(base, lora(base, 1)), lora(base, 2), scale=1.5)
+    assert len({id(model.model) for model in both.get_additional_models()} | {id(base.model)}) == 3
+    first = attach_node(tiny("unet"), lora(tiny("unet"), 1))
+    assert torch.equal(run(both), run(attach_node(first, lora(tiny("unet"), 2), scale=1.5)))
+
+
+# --- dynamic VRAM ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dynamic(monkeypatch):
+    """Loads a tiny model as the host does where dynamic VRAM is on: in its own class for that, without the driver's buffers."""
+    if "disable_dynamic" not in inspect.signature(comfy.model_patcher.ModelPatcher.clone).parameters:
+        pytest.skip("this host cannot load a file once more")
+    import comfy_aimdo.host_buffer
+
+    monkeypatch.setattr(comfy_aimdo.host_buffer, "HostBuffer", lambda *_: SimpleNamespace(size=0, truncate=lambda *_, **__: None))
+
+    class Dynamic(comfy.model_patcher.ModelPatcherDynamic):
+        """The host's class makes an ordinary one of itself on the CPU."""
+
+        def __new__(cls, *_, **__):
+            return object.__new__(cls)
+
+    def load(kind, disable_dynamic=False):
+        plain = tiny(kind)
+        model = plain if disable_dynamic else Dynamic(plain.model, plain.load_device, plain.offload_device)
+        model.cached_patcher_init = (load, (kind,))
+        return model
+
+    return load
+
+
+@pytest.mark.parametrize("kind", ["unet", "mmdit"])
+def test_under_dynamic_vram_the_file_is_loaded_once_more(dynamic, kind):
+    base, twin = dynamic(kind), tiny(kind)
+    weak = lora(base, 1)
+    assert base.is_dynamic() and weak.is_dynamic()
+    both = attach_node(base, weak)
+    assert own_model(both) is not base.model
+    assert not both.get_additional_models()[0].is_dynamic()
+    assert own_model(attach_node(base, weak, scale=3.0)) is own_model(both)
+    assert close(run(both), run(attach_node(twin, lora(tiny(kind), 1))))
+    assert close(run(base), run(twin))
+
+
+def test_under_dynamic_vram_the_model_keeps_its_lora_to_itself(dynamic):
+    """Checked by the weights: on the CPU the host's class leaves LoRAs to a driver that is not there."""
+    base = dynamic("unet")
+    main = lora(base, 1)
+    weak = attach_node(main, base).get_additional_models()[0]
+    assert weak.model is not main.model and not weak.is_dynamic()
+    assert main.patches and not weak.patches
+    loaded, expected = weak.model.state_dict(), tiny("unet").model.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in expected.items())
+
+
+def test_under_dynamic_vram_a_file_that_cannot_be_loaded_once_more_is_refused(dynamic):
+    base = dynamic("unet")
+    base.cached_patcher_init = None
+    with pytest.raises(ValueError, match="Autoguidance and dynamic VRAM"):
+        attach_node(base, lora(base, 1))
+    run(attach_node(base, blurred(base)))
 
 
 # --- another parametrisation -----------------------------------------------------------------------------------------

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from lodestar.demo.models import ShapesLatent
 from lodestar.guiders.engine.plan import plan_of
+from lodestar.guiders.frecas.map_patches import MixedAttention
 from lodestar.guiders.frecas.maps import Maps
 from lodestar.guiders.frecas.transition import resize, stage_seed
+from lodestar.guiders.policies.adaptive import AdaptiveGuidance
 
 # --- the algorithm ---------------------------------------------------------------------------------------------------
 
@@ -88,6 +90,36 @@ def test_maps_change_the_stages_after_the_first(kind):
     assert mapped[0].equal(plain[0]) and not close(mapped[-1], plain[-1], 1e-3)
 
 
+EVALUATES_THE_END = [name for name in comfy.samplers.SAMPLER_NAMES if name not in ("dpm_fast", "dpm_adaptive")]
+
+
+@pytest.mark.parametrize("sampler", EVALUATES_THE_END)
+def test_a_stage_hands_over_what_was_predicted_at_its_last_level(sampler):
+    model, predictions = pixels("unet"), []
+
+    def spy(args):
+        if args["denoised"].shape[-1] == 16 and float(args["sigma"][0]) == pytest.approx(0.9):
+            predictions.append(model.model.process_latent_out(args["denoised"]))
+        return args["denoised"]
+
+    model.set_model_sampler_post_cfg_function(spy)
+    first = sample(model, text("unet", steps=(4, 2)), sampler=sampler)[0]
+    assert any(close(first, prediction, 1e-6) for prediction in predictions)
+
+
+@pytest.mark.parametrize("sampler", ["dpm_fast", "dpm_adaptive"])
+def test_samplers_that_choose_their_levels_are_refused(sampler):
+    """With one stage there is nothing to hand over."""
+    model = pixels("unet")
+    with (
+        tools.counted(model) as rows,
+        pytest.raises(ValueError, match=rf"^FreCaS Cascade and the sampler {sampler} do not go together: [^\n]*use another sampler"),
+    ):
+        sample(model, text("unet"), sampler=sampler)
+    assert not rows
+    assert sample(model, "16x16: 4 steps", sampler=sampler)[0].isfinite().all()
+
+
 # --- cost ------------------------------------------------------------------------------------------------------------
 
 
@@ -138,6 +170,20 @@ def test_with_every_rule_in_every_stage(kind):
     assert result.isfinite().all() and not close(result, sample(model, text(kind), map_weight=0.6)[-1], 1e-2)
     assert tools.log_of(guided).nfe == 7 * 4
     assert sample(guided, text(kind), map_weight=0.6)[-1].equal(result)
+
+
+def test_both_branches_have_maps_after_adaptive_guidance_has_stopped_one(monkeypatch):
+    """AG stops D_u in the first stage and begins the next one with it: every chunk of that evaluation is mixed with a map."""
+    mixed, plain = [], MixedAttention.__call__
+
+    def spy(self, q, k, v, extra_options):
+        mixed.append([grid is not None for grid in self.chunks.maps(tuple(extra_options["activations_shape"][-2:]), v.shape[1], v)])
+        return plain(self, q, k, v, extra_options)
+
+    monkeypatch.setattr(MixedAttention, "__call__", spy)
+    model = tools.guided(pixels("unet"), AdaptiveGuidance(threshold=-1.0))
+    sample(model, text("unet"), map_weight=0.6)
+    assert [True, True] in mixed and not [chunks for chunks in mixed if len(chunks) == 2 and sum(chunks) == 1]
 
 
 def test_neutral_rules_change_no_bit():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import tools
 import torch
@@ -9,7 +11,9 @@ from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
+from lodestar.guiders.engine.choice import Choice
 from lodestar.guiders.engine.keys import options_of
+from lodestar.guiders.engine.plan import Policy
 from lodestar.guiders.frecas.map_patches import AddedMaps, Chunks, MixedAttention, with_maps
 from lodestar.guiders.frecas.maps import Maps
 from lodestar.guiders.network.identity_attention import IdentityAttention
@@ -124,7 +128,8 @@ def test_maps_are_collected_in_the_last_evaluation_alone(kind, sampler):
     assert seen == [*[False] * (len(seen) - 1), True]
     assert result.equal(tools.sample(model, steps=4, sampler=sampler))
     assert [key[1] for key in store.layers] in ([("positive", 0), ("negative", 0)], [("negative", 0), ("positive", 0)])
-    for layers in store.layers.values():
+    for rows in store.layers.values():
+        (layers,) = rows.values()
         assert {size: count for size, (_, count) in layers.items()} == LAYERS[kind]
         for total, count in layers.values():
             torch.testing.assert_close(total.sum(1), torch.full_like(total[:, 0], count))
@@ -157,7 +162,7 @@ def test_maps_of_every_entry_and_branch():
     run(model, 0.5, None, store, **conds)
     collected = {key[1] for key in store.layers}
     assert collected == {("positive", 0), ("positive", 1), ("negative", 0)}
-    assert {size for layers in store.layers.values() for size in layers} == {(16, 16), (8, 8), (16, 8), (8, 4)}
+    assert {size for rows in store.layers.values() for size in rows[0]} == {(16, 16), (8, 8), (16, 8), (8, 4)}
     result, seen = run(model, 0.5, store, None, **conds)
     assert all(seen) and not tools.close(result, tools.sample(model, steps=4, **conds), 1e-3)
 
@@ -169,6 +174,57 @@ def test_the_perturbed_branch_uses_the_maps_of_the_positive_one(kind):
     run(model, 0.5, None, store)
     unbroken = tools.guided(model, PAG(perturbation=IdentityAttention(()), scale=3.0))
     assert tools.close(run(unbroken, 0.5, store, None)[0], run(model, 0.5, store, None)[0], 1e-4)
+
+
+# --- where policies leave branches out -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stops(Policy):
+    """Guides every image up to a step of its own."""
+
+    name = "Stops"
+    neutral = False
+    steps: tuple[int, ...]
+
+    def choose(self, step):
+        rows = tuple(step.index <= last for last in self.steps)
+        return Choice(uncond=rows if any(rows) else False)
+
+
+def maps_of(store: Maps, name: str, row: int) -> dict[tuple[int, int], Tensor]:
+    """The collected maps of one row of a branch by their size."""
+    (key,) = [key for key in store.layers if key[1] == (name, 0)]
+    return {size: total / count for size, (total, count) in store.layers[key][row].items()}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_row_that_a_policy_stops_keeps_the_maps_of_its_last_step(kind):
+    """Two images that lose D_u after different steps: each map is the one that a run which ends there collects."""
+    model, store, conds = tools.tiny(kind), Maps(), {"negative": tools.cond(2, tokens=8)}
+    latent = tools.empty_latent(model, 2)
+    run(tools.guided(model, Stops(steps=(0, 1))), 0.5, None, store, latent=latent, **conds)
+    for row in (0, 1):
+        expected = Maps()
+        run(model, 0.5, None, expected, latent=latent, last_step=row + 1, **conds)
+        for size, grid in maps_of(expected, "negative", row).items():
+            torch.testing.assert_close(maps_of(store, "negative", row)[size], grid, rtol=1e-4, atol=1e-5)
+        assert not tools.close(maps_of(store, "positive", row)[8, 8], maps_of(expected, "positive", row)[8, 8], 1e-3)
+    size = latent.shape[-2] // (2 if kind == "mmdit" else 1), latent.shape[-1] // (2 if kind == "mmdit" else 1)
+    for key in store.layers:
+        assert len(store.at(key, size, 40, latent)) == 2
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_branch_without_maps_leaves_the_other_one_without_them(kind):
+    """D_u that was never evaluated: maps in D_c alone would come back enlarged by the guidance."""
+    model, store = tools.tiny(kind), Maps()
+    run(tools.guided(model, Stops(steps=(-1,))), 0.5, None, store)
+    assert {key[1][0] for key in store.layers} == {"positive"}
+    guided, seen = run(model, 0.5, store, None)
+    assert guided.equal(tools.sample(model, steps=4)) and not any(seen)
+    alone, seen = run(model, 0.5, store, None, cfg=1.0)
+    assert not tools.close(alone, tools.sample(model, steps=4, cfg=1.0), 1e-3) and all(seen)
 
 
 def test_an_interrupted_run_leaves_nothing():

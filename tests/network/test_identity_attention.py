@@ -149,11 +149,26 @@ def test_other_attention_and_other_layers_are_left_alone(host):
     assert "optimized_attention_override" not in options
 
 
-def test_queries_that_are_not_the_values_are_left_alone(host):
-    """Token merging and reference attention give other numbers of queries and values: no identity there, no broken shape."""
-    replaced = build_unet().rule("middle:0.1").patch({}, [True])["patches_replace"]["attn1"][("middle", 0, 1)]
-    q, k, v = random(1, 3, 8), random(1, 6, 8), random(1, 6, 8)
-    assert replaced(q, k, v, {"n_heads": 2, "attn_precision": None}).shape == q.shape
+@pytest.mark.parametrize("shape", [(1, 3, 8), (2, 3, 8)], ids=["merged", "tiled"])
+def test_queries_that_are_not_the_values_are_refused(shape, host):
+    """Identity is not possible where tokens are merged or tiled in the queries alone. Chunks that are not perturbed go on."""
+
+    def tiled(*_: Any) -> None:
+        """A patch of another pack."""
+
+    options = {"patches": {"attn1_patch": [tiled, tiled]}}
+    rule, extra = build_unet().rule("middle:0.1"), {"n_heads": 2, "attn_precision": None}
+    q, k, v = random(*shape), random(shape[0], 6, 8), random(shape[0], 6, 8)
+
+    def called(perturbed: bool, **options: Any) -> Tensor:
+        return rule.patch(options, [perturbed])["patches_replace"]["attn1"]["middle", 0, 1](q, k, v, extra)
+
+    assert called(False, **options).shape == q.shape
+    name = "test_queries_that_are_not_the_values_are_refused"
+    with pytest.raises(ValueError, match=rf"^Perturbed attention \(PAG\) and {name} do not go together in the layer middle:0.1: [^\n]*"):
+        called(True, **options)
+    with pytest.raises(ValueError, match="bypass another node"):
+        called(True)
 
 
 # --- a transformer's blocks ------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lodestar.guiders.engine.step import Step
 from lodestar.guiders.network.identity_attention import IdentityAttention, masked_attention
+from lodestar.guiders.network.layers import resolve_layers
 from lodestar.guiders.spaces import Layout
 from lodestar.guiders.terms.pag import PAG, rescaled
 
@@ -196,3 +197,52 @@ def test_the_perturbed_prediction_does_not_depend_on_queries_and_keys(host):
             weights.data = weights.data.flip(0) * 3
     assert not tools.close(tools.sample(other, steps=1), tools.sample(model, steps=1), 1e-4)
     assert tools.close(update(other), update(model), 1e-4)
+
+
+# --- other nodes on self-attention -----------------------------------------------------------------------------------
+
+
+def tiling(model: object, max_depth: int = 0) -> object:
+    """The host's HyperTile: tiles of 32 pixels."""
+    from comfy_extras.nodes_hypertile import HyperTile
+
+    return HyperTile.execute(model, 32, 1, max_depth, False)[0]
+
+
+def merging(model: object) -> object:
+    """The host's token merging, in the layers at the latent's own size."""
+    from comfy_extras.nodes_tomesd import TomePatchModel
+
+    return TomePatchModel.execute(model, 0.5)[0]
+
+
+@pytest.mark.parametrize("patched, owner", [(tiling, "HyperTile"), (merging, "TomePatchModel")])
+@pytest.mark.parametrize("first", [True, False])
+def test_nodes_that_change_the_queries_alone_are_refused(host, patched, owner, first):
+    """Before, the perturbation had no effect there and was paid for."""
+    import tools
+
+    layers = resolve_layers(tools.tiny("unet"), "input:1")
+    rule = PAG(perturbation=IdentityAttention(layers), scale=2.0)
+    model = tools.tiny("unet")
+    model = tools.guided(patched(model), rule) if first else patched(tools.guided(model, rule))
+    with pytest.raises(ValueError, match=rf"^Perturbed attention \(PAG\) and {owner} do not go together in the layer input:1: "):
+        tools.sample(model, steps=2)
+    neutral = tools.guided(patched(tools.tiny("unet")), PAG(perturbation=IdentityAttention(layers), scale=0.0))
+    torch.manual_seed(0)
+    result = tools.sample(neutral, steps=2)
+    torch.manual_seed(0)
+    assert result.equal(tools.sample(patched(tools.tiny("unet")), steps=2))
+
+
+@pytest.mark.parametrize("patched", [tiling, merging])
+def test_nodes_that_change_other_layers_go_together(host, patched, monkeypatch):
+    """PAG in the middle block, tiles or merged tokens outside of it: as the unfused reference."""
+    import tools
+
+    monkeypatch.setattr(torch, "randint", lambda *_, size, **more: torch.zeros(size, dtype=torch.int64))  # merged alike in any batch
+    rule = tools.pag(tools.tiny("unet"))
+    ours = tools.sample(tools.guided(patched(tools.tiny("unet")), rule), steps=3)
+    theirs = tools.sample(tools.reference(patched(tools.tiny("unet")), rule), steps=3)
+    assert tools.close(ours, theirs)
+    assert not tools.close(ours, tools.sample(tools.guided(tools.tiny("unet"), rule), steps=3), 1e-3)
