@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .engine.attach import attach
 from .engine.checks import check_start
-from .engine.host import describe_latent, same_latent
+from .engine.host import describe_latent, same_latent, with_all_channels
 from .engine.keys import TIMER
 from .engine.log import last_log
 from .engine.plan import Rule, plan_of
@@ -90,8 +90,7 @@ class Comparison:
 
     def _samples(self, model: Any) -> Tensor:
         """The latent that sampling starts from [B, C, ...]."""
-        ratios = {key: self.latent[key] for key in ("downscale_ratio_spacial", "downscale_ratio_temporal") if key in self.latent}
-        return comfy.sample.fix_empty_latent_channels(model, self.latent["samples"], **ratios)
+        return with_all_channels(model, self.latent)
 
     def _sample(self, model: Any, index: int, count: int) -> Sampled:
         """KSampler's sampling, counted and timed, with its part of the common progress bar."""

@@ -15,7 +15,7 @@ import torch
 from comfy.utils import model_trange
 from torch import Tensor
 
-from ..engine.checks import refuse_own_combination
+from ..engine.checks import refuse_foreign_cfg, refuse_lambda, refuse_own_combination
 from ..engine.curves import Quantity
 from ..engine.host import POST_CFG
 from ..engine.plan import Shaper, plan_of
@@ -56,8 +56,12 @@ def sample_cfgpp(
     _check_start(x, levels)
     solve, split = SOLVERS[solver]
     split = partial(split, eta=eta)
-    weights = [equivalent_cfg(lambda_, now, Level(then.a, split(now, then)[0])) for now, then in pairwise(levels)]
-    _announce(guider, lambda_, weights)
+    weights = {
+        i: equivalent_cfg(lambda_, now, Level(then.a, split(now, then)[0]))
+        for i, (now, then) in enumerate(pairwise(levels))
+        if then != now  # a repeated level is no step
+    }
+    _announce(guider, lambda_, tuple(weights.values()))
     both = Predictor(model, guider, extra_args, lambda_)
 
     def predict(x: Tensor, sigma: Tensor, i: int | None) -> tuple[Tensor, Tensor]:
@@ -70,7 +74,7 @@ def sample_cfgpp(
                 callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": guided})
         return guided, _masked(inpaint, uncond, sigma, extra_args)
 
-    steps = model_trange(len(levels) - 1, disable=disable)
+    steps = (i for i in model_trange(len(levels) - 1, disable=disable) if i in weights)
     noise = _noise(x, sigmas, extra_args.get("seed"), solver, getattr(model_sampling, "noise_scale", 1.0))
     with announcing_steps(guider.model_options, sigmas) as at_step:
         return solve(predict, x, Schedule(sigmas, levels, steps, split, noise, history))
@@ -106,8 +110,8 @@ class Predictor:
         return guided, self.uncond
 
     def _capture(self, args: dict[str, Any]) -> Tensor:
-        """The first post-CFG function."""
-        self.guides = args["uncond"] is not None and args["cond_scale"] != 1
+        """The first post-CFG function. Packs that replace the host's sampling function do not tell it the weight; the guider has it."""
+        self.guides = self.guider.cfg != 1
         self.uncond = args["uncond_denoised"] if self.guides else args["cond_denoised"]
         return args["denoised"]
 
@@ -165,7 +169,7 @@ def check_lambda(node: str, lambda_: float) -> None:
 
 
 def check_guider(node: str, guider: Any) -> None:
-    """Raise ValueError if the guider or a rule on its model does not leave both predictions to CFG++."""
+    """Raise ValueError if the guider, a rule or another pack's node on its model does not leave both predictions to CFG++."""
     refuse_own_combination(node, guider)
     if not guider.conds.get("negative"):
         raise ValueError(
@@ -174,10 +178,8 @@ def check_guider(node: str, guider: Any) -> None:
         )
     plan = plan_of(guider.model_options)
     for _, rule in plan.active(Shaper) if plan is not None else ():
-        raise ValueError(
-            f"{rule.name} and {node} do not combine: that one reshapes the update (cfg - 1)(D_c - D_u), and CFG++ has a lambda between "
-            "0 and 1 in place of cfg. Bypass one of the two nodes."
-        )
+        refuse_lambda(rule.name, node)
+    refuse_foreign_cfg(node, guider.model_options)
 
 
 def _check_start(x: Tensor, levels: Sequence[Level]) -> None:

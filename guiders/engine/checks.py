@@ -25,6 +25,7 @@ def check_start(plan: GuidancePlan, start: Start) -> None:
         rule.check(start)
     for rule in shapers:
         refuse_foreign_cfg(rule.name, start.guider.model_options)
+        refuse_lambda(rule.name, reads_uncond(start.sampler))
 
 
 def check_attached(plan: GuidancePlan, rule: Rule, model_options: Mapping[str, Any]) -> None:
@@ -43,6 +44,15 @@ def refuse_foreign_cfg(name: str, model_options: Mapping[str, Any]) -> None:
     owner = cfg_slot_owner(model_options)
     if owner is not None:
         raise ValueError(f"{name} and {owner} both replace the CFG combination; bypass one of the two nodes.")
+
+
+def refuse_lambda(name: str, sampler: str | None, remedy: str | None = None) -> None:
+    """Raise ValueError where ``name`` reshapes the CFG update and the sampler is one of CFG++, as ``reads_uncond`` calls it."""
+    if sampler is not None:
+        raise ValueError(
+            f"{name} and {sampler} do not combine: that one reshapes the update (cfg - 1)(D_c - D_u), and CFG++ has a lambda between "
+            f"0 and 1 in place of cfg; use a sampler that is not CFG++, or {remedy or f'bypass {name}'}."
+        )
 
 
 def refuse_own_combination(name: str, guider: Any) -> None:

@@ -11,18 +11,21 @@ POST_CFG = "sampler_post_cfg_function"  # in model_options: the list of function
 _IN_MODEL = ("object_patches", "injections")  # attributes of a MODEL: what else than LoRAs the host puts into the one loaded model
 _AROUND_MODEL = ("model_options", "wrappers", "callbacks", "hook_patches")  # and what each clone has for itself
 CFG_WEIGHTS = ("cfg", "cfg1", "cfg2")  # attributes of the host's guiders
+_CFGPP = ("sample_euler_pp",)  # the host's samplers of CFG++ whose names do not say so
+_RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # in a LATENT that is empty: what its size was computed for
 
 
 def reads_uncond(sampler: Any) -> str | None:
     """The name of a sampler whose steps use the unconditional prediction itself (CFG++); None for all others.
 
-    The host's and other packs' have ``cfg_pp`` in their names. One of this pack, or its function, has its name in ``reads_uncond``.
+    The host's and other packs' have ``cfg_pp`` in their names, but for _CFGPP. One of this pack, or its function, has its name in
+    ``reads_uncond``.
     """
     function = getattr(sampler, "sampler_function", sampler)
     while isinstance(function, partial):
         function = function.func
     name = getattr(function, "__name__", type(function).__name__)
-    known = name.removeprefix("sample_") if "cfg_pp" in name or "cfgpp" in name.lower() else None
+    known = name.removeprefix("sample_") if "cfg_pp" in name or "cfgpp" in name.lower() or name in _CFGPP else None
     return getattr(function, "reads_uncond", known)
 
 
@@ -47,6 +50,14 @@ def cfg_slot_owner(model_options: Mapping[str, Any]) -> str | None:
 def owner_of(function: Any) -> str:
     """Whose a function in the host's options is, by the name of its class or its own."""
     return getattr(function, "__qualname__", type(function).__name__).split(".")[0]
+
+
+def with_all_channels(model: Any, latent: Mapping[str, Any]) -> Any:
+    """The samples [B, C, ...] of a LATENT as the host's sampler nodes prepare them for a MODEL: an empty one gets its channels and size."""
+    import comfy.sample  # here, because maths that needs no host asks other things of this module
+
+    ratios = {name: latent[name] for name in _RATIOS if latent.get(name)}
+    return comfy.sample.fix_empty_latent_channels(model, latent["samples"], **ratios)
 
 
 def same_latent(a: Any, b: Any) -> bool:

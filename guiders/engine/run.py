@@ -42,6 +42,7 @@ class Run:
         self.layout = Layout.of(latent_shapes)
         self.model_sampling = guider.model_patcher.get_model_object("model_sampling")
         self.flow = is_flow(self.model_sampling)
+        self.reads_uncond = False  # whether the sampler's own steps use D_u
         names = [rule.name for rule in plan.rules]
         names = [name if names.count(name) == 1 else f"{name} {names[: i + 1].count(name)}" for i, name in enumerate(names)]
         self.updates = [Quantity(name, "update") for name in names]
@@ -109,7 +110,7 @@ class Run:
         evaluation, memory = self.evaluation, self.memories.setdefault(index, {})
         return Step(
             evaluation.index, self.sigmas[evaluation.index], evaluation.first, self.layout, memory,
-            covered=self.covers(index), flow=self.flow, record=self.record,
+            covered=self.covers(index), flow=self.flow, reads_uncond=self.reads_uncond, record=self.record,
         )  # fmt: skip
 
     # --- counters and curves ---

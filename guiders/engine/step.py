@@ -21,6 +21,7 @@ class Step:
     first: whether this is the first evaluation of the step.
     covered: whether the step starts inside the rule's window.
     flow: whether the model's path is x = (1 - t) x0 + t noise.
+    reads_uncond: whether the sampler's own steps use D_u, so that a weight of 1 alone does not leave it out.
     record: keeps a curve's values, one for each row, for this step.
     """
 
@@ -31,4 +32,5 @@ class Step:
     memory: dict[str, Any] = field(default_factory=dict)
     covered: bool = True
     flow: bool = False
+    reads_uncond: bool = False
     record: Callable[[Quantity, Tensor], None] = lambda quantity, values: None

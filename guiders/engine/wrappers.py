@@ -23,7 +23,7 @@ from . import telemetry
 from .checks import check_start
 from .combination import add_term, exact_cfg, shape_cfg
 from .fusion import WindowedBranches, evaluate
-from .host import CFG_SLOT, CFG_WEIGHTS, POST_CFG, combines_itself
+from .host import CFG_SLOT, CFG_WEIGHTS, POST_CFG, combines_itself, reads_uncond
 from .keys import LODESTAR, RUN
 from .plan import plan_of
 from .rows import apply_model, call_model, outermost, with_host_labels
@@ -38,6 +38,7 @@ def _outer_sample(executor: Any, noise: Tensor, latent_image: Tensor, sampler: A
     plan = plan_of(guider.model_options)
     check_start(plan, Start(guider, sampler, sigmas, tuple(noise.shape)))
     run = Run(plan, guider, sigmas, tuple(noise.shape), kwargs.get("latent_shapes"))
+    run.reads_uncond = reads_uncond(sampler) is not None
     run.watcher = telemetry.of_run(run, sampler)
     _install(run, guider.model_options)
     try:

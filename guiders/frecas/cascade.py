@@ -9,7 +9,6 @@ from itertools import pairwise
 from typing import Any
 
 import comfy.model_management
-import comfy.sample
 import comfy.sampler_helpers
 import comfy.samplers
 import comfy.utils
@@ -18,6 +17,8 @@ import torch
 from torch import Tensor
 
 from ..engine.attach import attach
+from ..engine.checks import refuse_lambda
+from ..engine.host import reads_uncond, with_all_channels
 from ..engine.keys import TELEMETRY
 from ..engine.log import RunLog, joined, last_log, publish
 from ..engine.plan import plan_of
@@ -61,7 +62,7 @@ class Cascade:
         """What the first stage starts from: what the user gave, else an empty latent."""
         if given is None:
             return {"samples": empty_latent(self.model, self.vae, self.stages[0], batch)}
-        return given | {"samples": comfy.sample.fix_empty_latent_channels(self.model, given["samples"])}
+        return given | {"samples": with_all_channels(self.model, given)}
 
     def sample(self, positive: list, negative: list, seed: int, latent: dict[str, Any]) -> list[dict[str, Tensor]]:
         """The clean LATENT of every stage, the last one being the result.
@@ -145,6 +146,7 @@ class Cascade:
         """The model of a stage: FA-CFG and the maps of the stage before; maps are collected but in the last stage."""
         model = attach(self.model)
         if index and self.cfg not in (1, self.high_scale):  # at cfg 1 there is no D_u
+            refuse_lambda(f"{NAME} (high_scale)", reads_uncond(comfy.samplers.sampler_object(self.sampler)), "set high_scale to cfg")
             small = self.stages[index - 1]
             pixels = self.vae.spacial_compression_encode()
             size = {"low_height": small.height // pixels, "low_width": small.width // pixels}

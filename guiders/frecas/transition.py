@@ -152,10 +152,15 @@ def advance(
 ) -> StageStart:  # fmt: skip
     """Stage ``number`` after one whose ``denoised`` LATENT and levels are given. gamma: below 0 for the authors' with two stages.
 
-    Raises ValueError for a size, an end or a latent that cannot be.
+    Raises ValueError for stage 0, and for a size, an end or a latent that cannot be.
     """
     if denoised is None or sigmas is None:
         raise ValueError("FreCaS Stage Transition: connect both denoised and sigmas, or neither for the first stage.")
+    if number == 0:
+        raise ValueError(
+            "FreCaS Stage Transition: stage 0 is the first, which begins with nothing, and denoised is connected; set stage to 1 or more, "
+            "or disconnect denoised and sigmas."
+        )
     if "noise_mask" in denoised:
         raise ValueError(f"FreCaS Stage Transition cannot keep to a noise mask; use the {NAME} node for that.")
     pixels = vae.spacial_compression_encode()

@@ -11,6 +11,7 @@ import comfy.samplers
 from torch import Tensor
 
 from ..engine.checks import refuse_uncond_readers
+from ..engine.host import with_all_channels
 from ..engine.plan import Policy, Rule, plan_of
 
 
@@ -50,8 +51,8 @@ class Runs:
 
     def sample(self, guider: Any, number: int, sampler: Any, most: int | None = None) -> Tensor:
         """Run ``number``, as the sampler nodes do for the seed ``seed + number``, with at most ``most`` rows of the latent."""
-        ratios = [self.latent[key] for key in ("downscale_ratio_spacial", "downscale_ratio_temporal") if self.latent.get(key)]
-        latent = comfy.sample.fix_empty_latent_channels(self.model, self.latent["samples"], *ratios)[:most]
+        latent = with_all_channels(self.model, self.latent)[:most]
         noise = comfy.sample.prepare_noise(latent, self.seed + number)
         mask = self.latent.get("noise_mask")
-        return guider.sample(noise, latent, sampler, self.sigmas, denoise_mask=mask, disable_pbar=True, seed=self.seed + number)
+        sigmas = self.sigmas.clone()  # the host's uni_pc writes into it
+        return guider.sample(noise, latent, sampler, sigmas, denoise_mask=mask, disable_pbar=True, seed=self.seed + number)

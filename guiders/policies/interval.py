@@ -23,5 +23,8 @@ class GuidanceInterval(Policy):
         return self.start_percent <= 0 and self.end_percent >= 1
 
     def choose(self, step: Step) -> Choice:
-        """w = 1 outside. The host then drops D_u, unless a sampler or another pack has asked it not to."""
-        return Choice() if step.covered else Choice(weight=1.0)
+        """w = 1 outside. The host then drops D_u, unless another pack has asked it not to.
+
+        Samplers that use D_u themselves (CFG++) have asked too; there D_c takes its place, which makes the step the conditional model's.
+        """
+        return Choice() if step.covered else Choice(weight=1.0, uncond=not step.reads_uncond)

@@ -58,14 +58,17 @@ class APG(Shaper):
         return step.layout.join([projected_update(part, d, self.eta, self.norm_threshold) for part, d in pairs], update)
 
     def with_momentum(self, g: Tensor, step: Step) -> Tensor:
-        """g + beta m, where m is what the previous *step* left: further stages of a step start from the same m."""
+        """g + beta m, where m is what the previous *step* left: further stages of a step start from the same m.
+
+        A latent of another size, as after a sampler that upscales while it samples, begins without momentum.
+        """
         if self.momentum == 0:
             return g
         memory = step.memory
         if step.first:
             memory["before"] = memory.get("after")
         before = memory.get("before")
-        m = g if before is None else g + self.momentum * before
+        m = g if before is None or before.shape != g.shape else g + self.momentum * before
         if step.first:
             memory["after"] = m
         return m

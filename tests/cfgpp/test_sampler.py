@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from pathlib import Path
 
@@ -173,6 +174,29 @@ def test_terms_change_the_guided_prediction_alone(lambda_, kind):
     assert not close(latent_of(plain, LEVELS[kind], sampler(lambda_=lambda_)), expected, 1e-2)
 
 
+def replaced_sampling_function(model, x, timestep, uncond, cond, cond_scale, model_options, seed=None):
+    """What a pack (Automatic CFG) puts in the host's place for good: its post-CFG functions are not told the weight."""
+    alone = math.isclose(cond_scale, 1.0) and not model_options.get("disable_cfg1_optimization", False)
+    conds = [cond, None if alone else uncond]
+    cond_pred, uncond_pred = comfy.samplers.calc_cond_batch(model, conds, x, timestep, model_options)
+    denoised = uncond_pred + (cond_pred - uncond_pred) * cond_scale
+    for function in model_options.get("sampler_post_cfg_function", []):
+        denoised = function({
+            "denoised": denoised, "cond": cond, "uncond": uncond, "model": model, "uncond_denoised": uncond_pred,
+            "cond_denoised": cond_pred, "sigma": timestep, "model_options": model_options, "input": x,
+        })  # fmt: skip
+    return denoised
+
+
+@pytest.mark.parametrize("lambda_", [0.6, 1.0])
+@pytest.mark.parametrize("rules", [(), (GuidanceInterval(start_percent=0.3, end_percent=0.7),)], ids=["plain", "interval"])
+def test_a_pack_that_replaces_the_hosts_sampling_function(rules, lambda_, monkeypatch):
+    model = guided(tiny("unet"), *rules)
+    plain = run(model, sampler(lambda_=lambda_))
+    monkeypatch.setattr(comfy.samplers, "sampling_function", replaced_sampling_function)
+    assert run(model, sampler(lambda_=lambda_)).equal(plain)
+
+
 def differential(sigma, mask, extra_options):
     """A mask that depends on the level, as DifferentialDiffusion's."""
     assert extra_options["sigmas"] is not None and extra_options["model"].inner_model is not None
@@ -304,6 +328,17 @@ def test_apg_is_refused_with_the_reason():
 
 
 @pytest.mark.parametrize("solver", [sampler(), Inversion(0.6)], ids=["sampler", "inversion"])
+def test_another_owner_of_the_combination_is_refused(solver):
+    from comfy_extras.nodes_model_advanced import RescaleCFG
+
+    model = RescaleCFG().patch(tiny("unet"), 0.7)[0]
+    message = rf"^{re.escape(reads_uncond(solver))} and RescaleCFG both replace the CFG combination; bypass one of the two nodes\.$"
+    with counted(model) as rows, pytest.raises(ValueError, match=message):
+        run(model, solver)
+    assert rows == []
+
+
+@pytest.mark.parametrize("solver", [sampler(), Inversion(0.6)], ids=["sampler", "inversion"])
 def test_rules_that_drop_the_unconditional_prediction_are_refused(solver):
     model = guided(tiny("unet"), AdaptiveGuidance())
     message = rf"^Adaptive Guidance \(AG\) cannot work with the sampler {re.escape(reads_uncond(solver))}: "
@@ -333,6 +368,20 @@ def test_rising_sigmas_and_empty_starts():
         with pytest.raises(ValueError, match="starts from nothing but zeros"):
             run(model, sampler(), noise=False)
     assert rows == []
+
+
+@pytest.mark.parametrize("kind", ["unet", "mmdit"])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_level_that_is_repeated_is_no_step(name, kind, caplog):
+    model, (high, low) = tools.attach(tiny(kind)), LEVELS[kind]
+    first = 1.0 if kind == "mmdit" else 9.0  # from pure noise on, where a flow model has no signal
+    with caplog.at_level(logging.INFO), counted(model) as rows:
+        out = run(model, sampler(name), sigmas=[first, first, high, high, low, low, low, 0.0, 0.0])
+    worth = re.search(r"is worth cfg (\S+) on", caplog.text)[1]
+    assert set(log_of(model).evaluations) == {1, 3, 6}
+    with counted(model) as once:
+        assert run(model, sampler(name), sigmas=[first, high, low, 0.0]).equal(out)
+    assert rows == once and math.isfinite(float(worth)) and out.isfinite().all()
 
 
 def test_a_schedule_without_steps():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import ClassVar
@@ -14,6 +15,7 @@ from lodestar.guiders.engine.choice import Choice
 from lodestar.guiders.engine.plan import GuidancePlan, Policy, Shaper
 from lodestar.guiders.engine.start import Start
 from lodestar.guiders.shapers.apg import APG
+from lodestar.guiders.shapers.frequency import FrequencyGuidance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,20 @@ def test_one_sentence_for_everybody_who_cannot_work_without_uncond():
     ):
         checks.refuse_uncond_readers("A Rule", comfy.samplers.sampler_object("euler_cfg_pp"))
     checks.refuse_uncond_readers("A Rule", comfy.samplers.sampler_object("euler"))
+
+
+def test_shapers_are_refused_where_the_sampler_reads_uncond():
+    """Its cfg is a lambda there, for which cfg - 1 is negative."""
+    model = tiny("unet")
+    for rule in (APG(), StrictShaper(), FrequencyGuidance(low_height=4, low_width=4)):
+        for sampler in ("euler_cfg_pp", "dpmpp_2m_cfg_pp"):
+            name = re.escape(rule.name)
+            message = rf"^{name} and {sampler} do not combine: .*; use a sampler that is not CFG\+\+, or bypass {name}\.$"
+            with counted(model) as rows, pytest.raises(ValueError, match=message):
+                run(guided(model, rule), sampler=sampler)
+            assert not rows
+    neutral = guided(model, APG(eta=1.0, norm_threshold=0.0, momentum=0.0))
+    assert run(neutral, sampler="euler_cfg_pp").equal(run(model, sampler="euler_cfg_pp"))
 
 
 def test_a_guider_of_another_kind_is_refused_for_shapers_and_policies_only():

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import collections
+import itertools
 from dataclasses import dataclass, field
 
 import pytest
 import tools
 import torch
-from tools import close, comfy, empty_latent, guided, log_of, pag, reference, sample, tiny
+from tools import close, comfy, custom, empty_latent, guided, log_of, pag, reference, sample, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lodestar.guiders.engine.plan import Shaper
+from lodestar.guiders.engine.choice import Choice
+from lodestar.guiders.engine.host import reads_uncond
+from lodestar.guiders.engine.plan import Policy
 from lodestar.guiders.policies.adaptive import AdaptiveGuidance
 from lodestar.guiders.policies.interval import GuidanceInterval
 from lodestar.guiders.shapers.apg import APG
@@ -30,17 +33,18 @@ SMALL = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Probe(Shaper):
-    """Notes the steps it is asked at."""
+class Probe(Policy):
+    """Notes the steps inside its window."""
 
     name = "Probe"
     neutral = False
     seen: list = field(default_factory=list)
 
-    def shape(self, update, cond, w, step):
+    def choose(self, step):
         """Nothing but the note."""
-        self.seen.append((step.index, step.first))
-        return update
+        if step.covered:
+            self.seen.append((step.index, step.first))
+        return Choice()
 
 
 def small(kind, seed=0):
@@ -111,6 +115,52 @@ def test_samplers_that_start_over_start_afresh():
         comfy.sample.sample_custom(
             main, noise, 4.0, comfy.samplers.KSAMPLER(twice), sigmas, tools.cond(1), tools.cond(2), noise * 0, disable_pbar=True
         )
+
+
+# --- samplers that use the unconditional prediction themselves -------------------------------------------------------
+
+
+def samplers_of_nodes(model):
+    """Every SAMPLER that a node of the host makes from its defaults, with each of its choices in turn: (what made it, SAMPLER)."""
+    from comfy_api.latest import io
+    from comfy_extras import nodes_advanced_samplers as advanced
+    from comfy_extras import nodes_void as void
+
+    for module in (custom, advanced, void):
+        for node in vars(module).values():
+            if not (isinstance(node, type) and issubclass(node, io.ComfyNode) and node is not io.ComfyNode):
+                continue
+            schema = node.define_schema()
+            if [output.io_type for output in schema.outputs] != ["SAMPLER"]:
+                continue
+            values = [[model] if v.io_type == "MODEL" else getattr(v, "options", None) or [v.default] for v in schema.inputs]
+            for chosen in itertools.product(*values):
+                settings = dict(zip((value.id for value in schema.inputs), chosen, strict=True))
+                yield f"{schema.node_id} {chosen}", node.execute(**settings).result[0]
+
+
+def test_the_samplers_that_read_uncond_are_known():
+    """D is D_c here, whatever the negative prompt says: what it changes all the same is read by the sampler itself."""
+    model = small("unet").clone()
+    model.set_model_sampler_cfg_function(lambda args: args["input"] - args["cond_denoised"], disable_cfg1_optimization=True)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", 4)
+
+    def result(solver, negative):
+        torch.manual_seed(0)  # lcm's noise comes from here
+        with torch.inference_mode():
+            return comfy.sample.sample_custom(
+                model, noise, 2.0, solver, sigmas.clone(), tools.cond(1), negative, noise * 0, disable_pbar=True, seed=0
+            )
+
+    readers, negatives = set(), (tools.cond(2), tools.cond(3))
+    for made, solver in samplers_of_nodes(model):
+        first, second = (result(solver, negative) for negative in negatives)
+        assert first.isfinite().all(), made
+        reader = reads_uncond(solver)
+        assert close(first, second, 1e-3) == (reader is None), made
+        readers.add(reader)
+    assert {"euler_cfg_pp", "euler_pp"} <= readers and len(readers) > 7
 
 
 # --- samplers without a loop that can be read, and with unusual ones -------------------------------------------------
@@ -217,7 +267,8 @@ def test_steps_read_no_values_off_the_device(sampler, kind):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_all_samplers_and_schedulers(sampler, kind):
     model = small(kind)
-    main = guided(model, APG(norm_threshold=2.0), pag(model, 1.0))
+    shapers = [] if "cfg_pp" in sampler else [APG(norm_threshold=2.0)]  # those are refused there
+    main = guided(model, *shapers, pag(model, 1.0))
     neutral = guided(model, APG(eta=1.0, norm_threshold=0.0, momentum=0.0), pag(model, 0.0), GuidanceInterval())
     for scheduler in ("normal", "karras", "beta"):
         plain = run(model, sampler, steps=3, scheduler=scheduler)

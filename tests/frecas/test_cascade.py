@@ -285,3 +285,11 @@ def test_maps_go_with_the_run(interrupted):
         sample(model, text("unet"), map_weight=0.6)
     assert len(calls) == (6 if interrupted else 7)
     assert not [thing for thing in gc.get_objects() if type(thing) is Maps and not thing.empty]
+
+
+def test_an_empty_video_of_another_models_length():
+    """Its ratios are those for which its size was computed, as for the host's sampler nodes."""
+    model = pixels("mmdit")
+    model.model.latent_format.temporal_downscale_ratio, model.model.latent_format.latent_dimensions = 2, 3
+    given = {"samples": torch.zeros(1, 3, 2, 16, 16), "downscale_ratio_temporal": 4}
+    assert cascade(model, text("mmdit")).latent(given, 1)["samples"].shape == (1, 3, 4, 16, 16)

@@ -13,6 +13,7 @@ from torch import Tensor
 from lodestar.demo.models import load_vae
 from lodestar.guiders.frecas.levels import stage_sigmas
 from lodestar.guiders.frecas.transition import stage_seed
+from lodestar.guiders.shapers.apg import APG
 from lodestar.nodes.frecas import LodestarFreCaS, LodestarStageTransition
 from lodestar.nodes.shapers.frequency import LodestarFrequencyGuidance
 
@@ -99,6 +100,7 @@ def test_the_authors_gamma():
         ({"stages": "16x16: 4 steps, end 0.5; 32x32: 2 steps, end 3; 64x64: 2 steps"}, "32x32 begins at 1 and cannot end at 3"),
         ({"stages": "16x16: 4 steps, end 20; 32x32: 2 steps"}, r"first stage cannot end at 20; the model's highest noise level is 14\.61"),
         ({"stages": "16 by 16"}, "'16 by 16' is not a stage"),
+        ({"sampler": "euler_cfg_pp"}, r"\(high_scale\) and euler_cfg_pp do not combine: .*, or set high_scale to cfg"),
         ({"latent": {"samples": comfy.nested_tensor.NestedTensor([torch.zeros(1, 3, 8, 8)])}}, "this latent packs several parts"),
     ],
 )
@@ -117,6 +119,17 @@ def test_another_owner_of_the_cfg_combination_is_named_before_sampling():
     assert not rows and node(model, high_scale=4.0)
 
 
+def test_a_sampler_of_cfgpp_goes_along_the_stages_without_fa_cfg():
+    model = pixels("unet")
+    assert node(model, sampler="euler_cfg_pp", cfg=0.6, high_scale=0.6)[0]["samples"].isfinite().all()
+    with (
+        tools.counted(model) as rows,
+        pytest.raises(ValueError, match=r"\(APG\) and euler_cfg_pp do not combine"),
+    ):
+        node(tools.guided(model, APG()), sampler="euler_cfg_pp", cfg=0.6, high_scale=0.6)
+    assert not rows
+
+
 def transition(model, width=32, denoised=None, sigmas=None, **changes):
     settings = {"height": width, "steps": 3, "end": 0.0, "scheduler": "normal", "gamma": -1.0, "resize": "nearest"}
     more = {"seed": 1, "stage": 1, "batch_size": 1}
@@ -128,6 +141,8 @@ def test_the_transition_node_refuses_what_it_cannot_do():
     sigmas = stage_sigmas(model.get_model_object("model_sampling"), "normal", 3, end=0.4)
     with pytest.raises(ValueError, match="connect both denoised and sigmas, or neither"):
         transition(model, denoised=latent)
+    with pytest.raises(ValueError, match=r"^FreCaS Stage Transition: stage 0 is the first, .*; set stage to 1 or more, or "):
+        transition(model, denoised=latent, sigmas=sigmas, stage=0)
     with pytest.raises(ValueError, match="cannot keep to a noise mask; use the FreCaS Cascade node"):
         transition(model, denoised=latent | {"noise_mask": torch.ones(1, 16, 16)}, sigmas=sigmas)
     with pytest.raises(ValueError, match="33x33 is not a multiple of 2 pixels; the nearest valid size is 34x34"):

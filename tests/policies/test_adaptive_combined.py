@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import re
 
 import conditioning_tools
 import pytest
@@ -157,6 +158,20 @@ def test_samplers_that_read_uncond_are_refused_by_name(sampler):
         run(guided(model, ag(0.9)), sampler=sampler)
     assert not rows
     assert torch.isfinite(run(guided(model, ag(1.001)), sampler=sampler)).all()
+
+
+def test_the_hosts_other_sampler_of_cfgpp_is_refused_too():
+    """SamplerEulerCFG++, "alternative": its name does not say what it reads."""
+    from comfy_extras.nodes_advanced_samplers import SamplerEulerCFGpp
+
+    model = tiny("unet")
+    solver = SamplerEulerCFGpp.execute("alternative").result[0]
+    latent, sigmas = empty_latent(model, 1, 8), torch.tensor([3.0, 1.0, 0.0])
+    for rule, words in ((ag(0.9), "cannot work with the sampler euler_pp"), (APG(), "and euler_pp do not combine")):
+        guider = custom.CFGGuider.execute(guided(model, rule), cond(1), cond(2), 2.0).result[0]
+        with counted(model) as rows, pytest.raises(ValueError, match=rf"^{re.escape(rule.name)} {words}: "):
+            guider.sample(noise_for(model), latent, solver, sigmas, disable_pbar=True, seed=1)
+        assert not rows
 
 
 def sampled_by(guider, model):

@@ -85,3 +85,44 @@ def test_outside_it_the_weight_is_1_and_uncond_is_not_evaluated(host, kind, samp
     assert seen == [4.0 if within else 1.0 for within in inside]
     assert sum(rows) == len(inside) + sum(inside)
     assert tools.log_of(guided).nfe == sum(rows)
+
+
+@pytest.mark.parametrize("kind", ["unet", "mmdit"])
+@pytest.mark.parametrize("cfg", [0.6, 2.0])
+def test_outside_it_a_sampler_of_cfgpp_is_the_conditional_model(host, kind, cfg):
+    """Such samplers read the unconditional prediction themselves, whatever the weight: D_c takes its place."""
+    import tools
+
+    model = tools.tiny(kind)
+    nothing = tools.guided(model, GuidanceInterval(start_percent=1.0, end_percent=1.0))
+    with tools.counted(model) as rows:
+        out = tools.sample(nothing, sampler="euler_cfg_pp", cfg=cfg)
+    assert rows == [1] * 6 and tools.log_of(nothing).nfe == 6 and tools.log_of(nothing).saved == 6
+    assert tools.close(out, tools.sample(model, cfg=1.0), 1e-5)
+
+
+def test_every_sampler_of_cfgpp_without_guidance_is_what_it_is_on_one_prompt(host):
+    import tools
+
+    model, prompt = tools.tiny("unet"), tools.cond(1)
+    nothing = tools.guided(model, GuidanceInterval(start_percent=1.0, end_percent=1.0))
+    names = [name for name in tools.comfy.samplers.SAMPLER_NAMES if name.endswith("_cfg_pp")]
+    assert len(names) > 5
+    for name in names:
+        run = {"sampler": name, "cfg": 0.6, "steps": 4}
+        with tools.counted(model) as rows:
+            out = tools.sample(nothing, **run)
+        assert set(rows) == {1}, name
+        assert tools.close(out, tools.sample(model, negative=prompt, **run)), name
+
+
+def test_inside_it_a_sampler_of_cfgpp_is_guided(host):
+    import tools
+
+    model = tools.tiny("unet")
+    guided = tools.guided(model, GuidanceInterval(start_percent=0.3, end_percent=0.7))
+    out = tools.sample(guided, sampler="euler_cfg_pp", cfg=0.6, steps=10)
+    log = tools.log_of(guided)
+    inside = [step for step, evaluations in log.evaluations.items() if evaluations == 2]
+    assert log.nfe == 10 + len(inside) and 0 < len(inside) < 10
+    assert not tools.close(out, tools.sample(model, steps=10, cfg=1.0), 1e-2)

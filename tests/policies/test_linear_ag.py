@@ -260,13 +260,18 @@ def test_a_little_difference_in_the_encoding_is_the_same_prompt(host):
     assert sample(guided, negative=nearly).isfinite().all()
 
 
-def test_samplers_that_evaluate_twice_or_read_uncond_are_refused(host):
+def test_samplers_that_evaluate_twice_read_uncond_or_upscale_are_refused(host):
+    from comfy_extras.nodes_advanced_samplers import SamplerLCMUpscale
+
     object_ = tools.comfy.samplers.sampler_object
     model = tools.tiny("unet")
     with pytest.raises(ValueError, match=r"^LinearAG: fit needs a sampler that evaluates the model once per step"):
         fitted(model, sampler=object_("heun"))
     with pytest.raises(ValueError, match=r"^LinearAG: fit cannot work with the sampler euler_cfg_pp"):
         fitted(model, sampler=object_("euler_cfg_pp"))
+    upscaling = SamplerLCMUpscale.execute(2.0, -1, "bilinear").result[0]
+    with pytest.raises(ValueError, match=r"^LinearAG: fit cannot work with a sampler that changes the latent's size between steps; use "):
+        fitted(model, sampler=upscaling)
 
 
 @pytest.mark.parametrize("name", ["dpmpp_2m", "euler_ancestral", "ddim", "lms", "dpmpp_2m_sde"])

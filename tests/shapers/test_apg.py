@@ -150,6 +150,17 @@ def test_momentum_advances_once_per_step():
             torch.testing.assert_close(m, g * (1 - (-0.5) ** n) / 1.5)
 
 
+def test_momentum_ends_where_the_latent_changes_its_size():
+    memory: dict = {}
+    apg = rule(0.0, 3.0, -0.5)
+    small, large = pair(2, 4, 6, 6), pair(2, 4, 9, 12)
+    guided(apg, *small, 4.0, step(memory))
+    fresh: dict = {}
+    for _ in range(2):
+        assert guided(apg, *large, 4.0, step(memory)).equal(guided(apg, *large, 4.0, step(fresh)))
+    assert guided(apg, *large, 4.0, step(memory, first=False)).equal(guided(apg, *large, 4.0, step(fresh, first=False)))
+
+
 def test_a_larger_image_has_the_same_parallel_part():
     cond, uncond = (x.flatten(1) for x in pair(3, 4, 8, 8, dtype=torch.float64))
     g = cond - uncond
@@ -253,6 +264,35 @@ def test_every_evaluation_of_a_run_equals_the_listing_on_denoised_predictions(ho
     model.set_model_sampler_post_cfg_function(check)
     tools.sample(model, sampler=sampler, latent=tools.empty_latent(model, batch=2))
     assert steps == set(range(6))
+
+
+@pytest.mark.parametrize("kind", ["unet", "mmdit"])
+def test_a_sampler_that_upscales_while_it_samples_begins_anew_at_each_size(host, kind):
+    import tools
+    from comfy_extras.nodes_advanced_samplers import SamplerLCMUpscale
+
+    from lodestar.guiders.engine.attach import attach
+
+    buffers: dict[torch.Size, Tensor] = {}
+    sizes = []
+
+    def check(args: dict) -> Tensor:
+        cond, uncond = args["cond_denoised"], args["uncond_denoised"]
+        expected, buffers[cond.shape] = listing(cond[0], uncond[0], 4.0, 0.0, 3.0, -0.5, buffers.get(cond.shape))
+        torch.testing.assert_close(args["denoised"][0].double(), expected, rtol=1e-4, atol=1e-4)
+        sizes.append(cond.shape[-1])
+        return args["denoised"]
+
+    model = attach(tools.tiny(kind), rule(0.0, 3.0, -0.5))
+    model.set_model_sampler_post_cfg_function(check)
+    solver = SamplerLCMUpscale.execute(2.0, 2, "bilinear").result[0]
+    sigmas = tools.comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", 5)
+    latent = tools.empty_latent(model, size=8)
+    with torch.inference_mode():
+        out = tools.comfy.sample.sample_custom(
+            model, torch.ones_like(latent), 4.0, solver, sigmas, tools.cond(1), tools.cond(2), latent, disable_pbar=True, seed=1
+        )
+    assert sizes == [8, 12, 16, 16, 16] and out.isfinite().all()
 
 
 @pytest.mark.parametrize("kind", ["unet", "mmdit"])

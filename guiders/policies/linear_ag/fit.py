@@ -36,8 +36,10 @@ class Trajectory:
         self.progress = progress
 
     def add(self, cond: Tensor, uncond: Tensor) -> None:
-        """Keep the scores of the next step."""
+        """Keep the scores of the next step. Raises ValueError where the latent's size is not that of the steps before."""
         comfy.model_management.throw_exception_if_processing_interrupted()
+        if self.cond and self.cond[0].shape != cond.shape:
+            raise ValueError(f"{NAME} cannot work with a sampler that changes the latent's size between steps; use another sampler.")
         self.cond.append(cond)
         self.uncond.append(uncond)
         self.progress.update(1)
