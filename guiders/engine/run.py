@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -56,6 +57,7 @@ class Run:
         self.log = RunLog(steps=len(self.sigmas) - 1, batch=shape[0], sigmas=self.sigmas)
         self.watcher: Watcher | None = None
         self._curves = Curves(self.log.curves)
+        self._counting = threading.Lock()
         self._began = time.perf_counter()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Run:
@@ -128,12 +130,13 @@ class Run:
     # --- counters and curves ---
 
     def count(self, rows: int, chunks: float) -> None:
-        """One model call of ``rows`` rows that holds ``chunks`` branches, or parts of them."""
+        """One model call of ``rows`` rows that holds ``chunks`` branches, or parts of them. Several GPUs call from a thread each."""
         step = self.evaluation.index
-        self.log.calls += 1
-        self.log.rows += rows
-        self.log.nfe += chunks
-        self.log.evaluations[step] = self.log.evaluations.get(step, 0) + chunks
+        with self._counting:
+            self.log.calls += 1
+            self.log.rows += rows
+            self.log.nfe += chunks
+            self.log.evaluations[step] = self.log.evaluations.get(step, 0) + chunks
 
     def count_saved(self, branches: int, rows: Rows) -> None:
         """Branches of which only these rows are evaluated."""

@@ -72,6 +72,7 @@ def _sampler_sample(executor: Any, guider: Any, sigmas: Tensor, extra_args: dict
             run.weak_models[model] = prepared[-1]
         return call_sampler(executor, guider, sigmas, extra_args, *args, **kwargs)
     finally:
+        run.weak_models.clear()  # they know the run: without this, both would live on until Python looks for circles
         for weak in prepared:
             weak.finish()
 
