@@ -10,7 +10,8 @@ CFG_SLOT = "sampler_cfg_function"  # in model_options: the one function that rep
 PRE_CFG = "sampler_pre_cfg_function"  # in model_options: the list of functions before it
 POST_CFG = "sampler_post_cfg_function"  # in model_options: the list of functions after it
 _IN_MODEL = ("object_patches", "injections")  # attributes of a MODEL: what else than LoRAs the host puts into the one loaded model
-_AROUND_MODEL = ("model_options", "wrappers", "callbacks", "hook_patches")  # and what each clone has for itself
+_AROUND_MODEL = ("wrappers", "callbacks", "hook_patches")  # and what each clone has for itself, besides its options
+_AROUND_SAMPLER = ("disable_cfg1_optimization", "denoise_mask_function", "multigpu_options")  # options that leave predictions as they are
 CFG_WEIGHTS = ("cfg", "cfg1", "cfg2")  # attributes of the host's guiders
 _CFGPP = ("sample_euler_pp",)  # the host's samplers of CFG++ whose names do not say so
 _RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # in a LATENT that is empty: what its size was computed for
@@ -88,8 +89,16 @@ def same_weights(a: Any, b: Any) -> bool:
 
 
 def same_predictions(a: Any, b: Any) -> bool:
-    """Whether two MODELs are clones that nothing tells apart, so that their predictions are the same."""
-    return same_weights(a, b) and all(_same(getattr(a, name), getattr(b, name)) for name in _AROUND_MODEL)
+    """Whether two MODELs are clones whose predictions nothing tells apart. They may differ in what is done with the predictions."""
+    return (
+        same_weights(a, b)
+        and all(_same(getattr(a, name), getattr(b, name)) for name in _AROUND_MODEL)
+        and _same(_of_predictions(a.model_options), _of_predictions(b.model_options))
+    )
+
+
+def _of_predictions(model_options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in model_options.items() if not key.startswith("sampler_") and key not in _AROUND_SAMPLER}
 
 
 def _same(a: Any, b: Any) -> bool:
