@@ -57,10 +57,11 @@ class PatchedUNet(UNetModel):
         sigmas = comfy.model_sampling.ModelSamplingDiscrete().sigmas
         self.register_buffer("skip", sigmas / (sigmas**2 + 1).sqrt(), persistent=False)
 
-    def forward(self, x: torch.Tensor, timesteps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _forward(self, x: torch.Tensor, timesteps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """What the host's forward calls inside of other packs' wrappers, which expect as many channels to come out as go in."""
         patches = rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=PATCH, q=PATCH)
         patches = torch.cat([patches, _places(patches).expand(len(x), -1, -1, -1)], dim=1)
-        out = rearrange(super().forward(patches, timesteps, *args, **kwargs), "b (c p q) h w -> b c (h p) (w q)", p=PATCH, q=PATCH)
+        out = rearrange(super()._forward(patches, timesteps, *args, **kwargs), "b (c p q) h w -> b c (h p) (w q)", p=PATCH, q=PATCH)
         skip = self.skip[timesteps.round().long().clamp(0, len(self.skip) - 1)][:, None, None, None]
         return skip * x + (1 - skip**2).sqrt() * out
 
@@ -142,14 +143,19 @@ def build(model: str, strength: str) -> comfy.model_base.BaseModel:
     return network
 
 
-def load_model(model: str, strength: str) -> comfy.model_patcher.ModelPatcher:
-    """One of the four embedded models, ready for the host's samplers."""
+def load_model(model: str, strength: str, disable_dynamic: bool = True) -> comfy.model_patcher.ModelPatcher:
+    """One of the four embedded models, ready for the host's samplers.
+
+    The host calls this again where it needs a second set of weights, with ``disable_dynamic`` as for its own loaders: never dynamic here.
+    """
     network = build(model, strength)
     weights = comfy.utils.load_torch_file(str(WEIGHTS / f"{model}_{strength}.safetensors"))
     network.diffusion_model.load_state_dict({name: value.float() for name, value in weights.items()})
-    return comfy.model_patcher.ModelPatcher(
+    patcher = comfy.model_patcher.ModelPatcher(
         network, load_device=comfy.model_management.get_torch_device(), offload_device=comfy.model_management.unet_offload_device()
     )
+    patcher.cached_patcher_init = (load_model, (model, strength))
+    return patcher
 
 
 def load_clip() -> comfy.sd.CLIP:

@@ -75,9 +75,13 @@ def _like(values: Tensor, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a latent batch divides into parts that are measured apart: one, or several in a packed audio + video latent."""
+    """How a latent batch divides into parts that are measured apart: one, or several in a packed audio + video latent.
+
+    one_video: whether the rows of the batch are the frames of one video, which is one sample then.
+    """
 
     sizes: tuple[int, ...] = ()
+    one_video: bool = False
 
     @classmethod
     def of(cls, latent_shapes: Any) -> Layout:
@@ -87,12 +91,15 @@ class Layout:
         return cls(tuple(torch.Size(shape[1:]).numel() for shape in latent_shapes))
 
     def split(self, x: Tensor) -> list[Tensor]:
-        """x as one [B, n] matrix per part."""
+        """x as one [B, n] matrix per part; [1, B n] where the batch is one video."""
         flat = x.flatten(1)
-        return list(flat.split(self.sizes, dim=1)) if self.sizes else [flat]
+        parts = list(flat.split(self.sizes, dim=1)) if self.sizes else [flat]
+        return [part.reshape(1, -1) for part in parts] if self.one_video else parts
 
     def join(self, parts: list[Tensor], like: Tensor) -> Tensor:
-        """Undo ``split``: parts [B, n] back to the shape and dtype of ``like``."""
+        """Undo ``split``: its parts back to the shape and dtype of ``like``."""
+        if self.one_video:
+            parts = [part.reshape(len(like), -1) for part in parts]
         return torch.cat(parts, dim=1).to(like.dtype).reshape(like.shape)
 
 

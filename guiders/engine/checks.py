@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .host import cfg_slot_owner, combines_itself, is_dual_cfg, reads_uncond
+from .host import cfg_slot_owner, combines_itself, is_dual_cfg, is_known_to_combine, reads_uncond
 from .plan import GuidancePlan, Policy, Rule, Shaper, Term
+from .run import Run
 from .start import Start
 
 
@@ -18,14 +19,40 @@ def check_start(plan: GuidancePlan, start: Start) -> None:
     shapers = [rule for _, rule in plan.active(Shaper)]
     policies = [rule for _, rule in plan.active(Policy)]
     terms = [rule for _, rule in plan.active(Term)]
-    if not is_dual_cfg(start.guider):  # its combination is made of the host's CFG function
+    if is_known_to_combine(start.guider) and not is_dual_cfg(start.guider):  # whose combination is made of the host's CFG function
         for rule in (*shapers, *policies):
             refuse_own_combination(rule.name, start.guider)
+    for rule in policies:
+        _refuse_without_cfg(rule.name, start.guider)
     for rule in (*policies, *shapers, *terms):
         rule.check(start)
     for rule in shapers:
         refuse_foreign_cfg(rule.name, start.guider.model_options)
         refuse_lambda(rule.name, reads_uncond(start.sampler))
+
+
+def check_evaluated(run: Run) -> None:
+    """After the first evaluation: raise ValueError for what has turned out not to work with this guider, or with another pack."""
+    guider, evaluation = run.guider, run.evaluation
+    if combines_itself(guider) and not is_dual_cfg(guider) and evaluation.shaped is None:
+        for _, rule in run.shapers:
+            refuse_own_combination(rule.name, guider)
+    if not evaluation.served or (evaluation.awaits_uncond and evaluation.uncond_first):
+        for _, rule in run.policies:
+            if type(rule).observe is not Policy.observe:
+                raise ValueError(
+                    f"{rule.name} compares the predictions for the positive and the negative prompt, and another node on the model, or the "
+                    f"guider {type(guider).__name__}, evaluates the two in a way that it cannot follow: bypass that node, or {rule.name}."
+                )
+
+
+def _refuse_without_cfg(name: str, guider: Any) -> None:
+    """Raise ValueError for guiders of other packs without a cfg that a policy could change."""
+    if not isinstance(getattr(guider, "cfg", None), (int, float)):
+        raise ValueError(
+            f"{name} changes the cfg of a guider, and that of {type(guider).__name__} is not one number: use a CFGGuider instead, or "
+            f"bypass {name}."
+        )
 
 
 def check_attached(plan: GuidancePlan, rule: Rule, model_options: Mapping[str, Any]) -> None:

@@ -16,9 +16,9 @@ from .run import Run, run_of
 
 def shape_cfg(run: Run, args: dict[str, Any]) -> Tensor:
     """The host's CFG slot: D_c + (w - 1) shape(D_c - D_u), returned as the residual x - D that the slot asks for."""
-    cond, uncond, w = args["cond_denoised"], args["uncond_denoised"], args["cond_scale"]
+    cond, uncond, w = args["cond_denoised"], args["uncond_denoised"], args.get("cond_scale", run.guider.cfg)
     choice, denoised = run.evaluation.choice, cond
-    if args.get("input_uncond") is not None and w != 1 and choice.uncond:
+    if _has_uncond(run, args) and w != 1 and choice.uncond:
         update = plain = cond - uncond
         shapers = [(index, shaper) for index, shaper in run.shapers if run.covers(index) and choice.weight != 0]
         for index, shaper in shapers:
@@ -26,8 +26,13 @@ def shape_cfg(run: Run, args: dict[str, Any]) -> Tensor:
             run.record_update(index, cond, cond + (w - 1) * update)
         guided = uncond + update * w if update is plain else cond + (w - 1) * update  # the first keeps every bit of the host's CFG
         denoised = replace_rows(guided, choice.uncond, cond)
-    run.evaluation.shaped = denoised
+    run.evaluation.shaped = cond.clone() if denoised is cond else denoised  # post-CFG functions may write into it
     return args["input"] - denoised
+
+
+def _has_uncond(run: Run, args: dict[str, Any]) -> bool:
+    """Whether there is a D_u. The host says so; a pack that replaces its ``sampling_function`` may not, but the run has seen it."""
+    return args["input_uncond"] is not None if "input_uncond" in args else run.evaluation.guides
 
 
 def exact_cfg(run: Run, args: dict[str, Any]) -> Tensor:

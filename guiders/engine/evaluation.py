@@ -50,6 +50,8 @@ class Evaluation:
     choices: what each policy has chosen, by its index in the plan. branches: predictions that terms need besides the sampler's own.
     at_weight_1: whether a policy has set the sampler's cfg to 1, where the host itself drops D_u.
     served: whether the sampler's own conds have been evaluated; further calls of the host pass through.
+    guides: whether the sampler has asked for D_u. awaits_uncond: whether its evaluation is still to come, in a call of its own.
+    uncond_first: whether it came in such a call before that for D_c.
     call: what the host is evaluating now.
     cond, others: D_c and the branches' D_k, once they are there. shaped: what the shapers made of D_c and D_u.
     """
@@ -60,6 +62,9 @@ class Evaluation:
     branches: tuple[Branch, ...] = ()
     at_weight_1: bool = False
     served: bool = False
+    guides: bool = False
+    awaits_uncond: bool = False
+    uncond_first: bool = False
     call: FusedCall = FusedCall()
     cond: Tensor | None = None
     others: dict[Branch, Tensor] = field(default_factory=dict)

@@ -20,7 +20,7 @@ from torch import Tensor
 from .branches import branch_conds, with_control_views
 from .choice import Choice
 from .evaluation import FusedCall
-from .host import is_dual_cfg
+from .host import PRE_CFG, combines_itself, is_dual_cfg
 from .rows import replace_rows
 from .run import Run
 
@@ -29,14 +29,45 @@ Calc = Callable[[list, Tensor, Tensor, dict[str, Any]], list[Tensor]]
 
 def evaluate(run: Run, calc: Calc, lists: list, x: Tensor, timestep: Tensor, options: dict[str, Any]) -> list[Tensor]:
     """The host's evaluation ``calc`` of its lists of conds, and of what this evaluation needs besides; returns the host's part alone."""
-    positive = run.guider.conds.get("positive")
-    index = next((i for i, conds in enumerate(lists) if conds is not None and conds is positive), None)
-    if index is None or run.evaluation.served:  # not the sampler's own evaluation, or another one after it
-        return calc(lists, x, timestep, options)
-    run.evaluation.served = True
+    evaluation, index = run.evaluation, _index_of(run, "positive", lists)
+    if index is None or evaluation.served:  # not the sampler's own evaluation, or another one after it
+        return _uncond_apart(run, calc, lists, x, timestep, options)
+    evaluation.served = True
     asked = _leave_out(run, lists, index, options)
+    evaluation.guides = bool(asked.others)
+    evaluation.awaits_uncond = not asked.others and _is_guided(run, options)
     out = _call(run, calc, asked, x, timestep, options)
-    _complete(run, asked, out, x, timestep)
+    if not evaluation.awaits_uncond:
+        _complete(run, asked, out, x, timestep)
+    return out
+
+
+def _index_of(run: Run, name: str, lists: list) -> int | None:
+    """Which of the lists of conds is the guider's positive or negative one."""
+    own = run.guider.conds.get(name)
+    return next((i for i, conds in enumerate(lists) if conds is not None and conds is own), None)
+
+
+def _is_guided(run: Run, options: dict[str, Any]) -> bool:
+    """Whether an ordinary guider combines two predictions in this evaluation."""
+    guider = run.guider
+    if is_dual_cfg(guider) or not guider.conds.get("negative"):
+        return False
+    return guider.cfg != 1 or bool(options.get("disable_cfg1_optimization"))
+
+
+def _uncond_apart(run: Run, calc: Calc, lists: list, x: Tensor, timestep: Tensor, options: dict[str, Any]) -> list[Tensor]:
+    """A call after the sampler's own, or before it. Some packs ask for D_u in a call of its own, after the one for D_c."""
+    evaluation, index = run.evaluation, _index_of(run, "negative", lists)
+    if index is None or not evaluation.awaits_uncond:
+        evaluation.uncond_first = evaluation.uncond_first or (index is not None and not evaluation.served)
+        return calc(lists, x, timestep, options)
+    evaluation.awaits_uncond, evaluation.guides = False, True
+    wanted = evaluation.choice.evaluated
+    run.count_saved(1, wanted)
+    with evaluation.calling(FusedCall(rows=(wanted,) * len(lists))):
+        out = calc([conds if wanted or i != index else None for i, conds in enumerate(lists)], x, timestep, options)
+    _complete(run, _Asked(lists, -1, [index], False), out, x, timestep)
     return out
 
 
@@ -74,9 +105,11 @@ class _Asked:
 
 def _leave_out(run: Run, lists: list, positive: int, options: dict[str, Any]) -> _Asked:
     """Which lists the policies' choice needs, and the count of what it saves."""
-    choice = run.evaluation.choice
     lists = _without_weightless(run, lists, options)
     others = [i for i, conds in enumerate(lists) if conds is not None and i != positive]
+    if others and combines_itself(run.guider) and not options.get("disable_cfg1_optimization"):
+        run.leave_out_at_weight_1()
+    choice = run.evaluation.choice
     uncond_alone = bool(others) and choice == Choice(weight=0) and not run.evaluation.branches
     left_out = [positive] if uncond_alone else [] if choice.evaluated else others
     if run.evaluation.at_weight_1 and not others:
@@ -108,7 +141,9 @@ def _call(run: Run, calc: Calc, asked: _Asked, x: Tensor, timestep: Tensor, opti
     extra, out = out[: len(own)], out[len(own) :]
     if asked.uncond_alone:
         out[asked.positive] = out[asked.others[0]].clone()
-    evaluation.cond, evaluation.others = out[asked.positive], dict(zip(own, extra, strict=True))
+    cond = out[asked.positive]
+    evaluation.cond = cond.clone() if options.get(PRE_CFG) else cond  # such functions may write into what they get
+    evaluation.others = dict(zip(own, extra, strict=True))
     for branch in evaluation.branches:
         if branch.model is not None:
             evaluation.others[branch] = run.weak_models[branch.model].predict(x, timestep, choice.terms)

@@ -7,9 +7,11 @@ from functools import partial
 from typing import Any
 
 CFG_SLOT = "sampler_cfg_function"  # in model_options: the one function that replaces the host's combination
+PRE_CFG = "sampler_pre_cfg_function"  # in model_options: the list of functions before it
 POST_CFG = "sampler_post_cfg_function"  # in model_options: the list of functions after it
 _IN_MODEL = ("object_patches", "injections")  # attributes of a MODEL: what else than LoRAs the host puts into the one loaded model
-_AROUND_MODEL = ("model_options", "wrappers", "callbacks", "hook_patches")  # and what each clone has for itself
+_AROUND_MODEL = ("wrappers", "callbacks", "hook_patches")  # and what each clone has for itself, besides its options
+_AROUND_SAMPLER = ("disable_cfg1_optimization", "denoise_mask_function", "multigpu_options")  # options that leave predictions as they are
 CFG_WEIGHTS = ("cfg", "cfg1", "cfg2")  # attributes of the host's guiders
 _CFGPP = ("sample_euler_pp",)  # the host's samplers of CFG++ whose names do not say so
 _RATIOS = ("downscale_ratio_spacial", "downscale_ratio_temporal")  # in a LATENT that is empty: what its size was computed for
@@ -30,10 +32,18 @@ def reads_uncond(sampler: Any) -> str | None:
 
 
 def combines_itself(guider: Any) -> bool:
-    """Whether a guider combines the predictions itself, and not with the host's own sampling function."""
+    """Whether a guider has a way of its own from the conds to the denoised prediction; one of another pack may use the host's in it."""
     import comfy.samplers  # here, because maths that needs no host asks other things of this module
 
     return type(guider).predict_noise is not comfy.samplers.CFGGuider.predict_noise
+
+
+def is_known_to_combine(guider: Any) -> bool:
+    """Whether that way is one of the host's (Perp-Neg, dual model ...), which do not use its sampling function."""
+    import comfy.samplers
+
+    defining = [cls for cls in type(guider).__mro__ if "predict_noise" in vars(cls) and cls is not comfy.samplers.CFGGuider]
+    return any(cls.__module__.split(".")[0] in ("comfy", "comfy_extras") for cls in defining)
 
 
 def is_dual_cfg(guider: Any) -> bool:
@@ -50,6 +60,13 @@ def cfg_slot_owner(model_options: Mapping[str, Any]) -> str | None:
 def owner_of(function: Any) -> str:
     """Whose a function in the host's options is, by the name of its class or its own."""
     return getattr(function, "__qualname__", type(function).__name__).split(".")[0]
+
+
+def is_one_video(guider: Any, batch: int) -> bool:
+    """Whether the rows of a batch are the frames of one video (SVD, SV3D). Known once the host has encoded the conds of a run."""
+    conds = [cond for conds in guider.conds.values() for cond in conds or ()]
+    frames = [cond.get("model_conds", {}).get("num_video_frames") for cond in conds]
+    return any(constant is not None and constant.cond == batch for constant in frames)
 
 
 def with_all_channels(model: Any, latent: Mapping[str, Any]) -> Any:
@@ -72,8 +89,16 @@ def same_weights(a: Any, b: Any) -> bool:
 
 
 def same_predictions(a: Any, b: Any) -> bool:
-    """Whether two MODELs are clones that nothing tells apart, so that their predictions are the same."""
-    return same_weights(a, b) and all(_same(getattr(a, name), getattr(b, name)) for name in _AROUND_MODEL)
+    """Whether two MODELs are clones whose predictions nothing tells apart. They may differ in what is done with the predictions."""
+    return (
+        same_weights(a, b)
+        and all(_same(getattr(a, name), getattr(b, name)) for name in _AROUND_MODEL)
+        and _same(_of_predictions(a.model_options), _of_predictions(b.model_options))
+    )
+
+
+def _of_predictions(model_options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in model_options.items() if not key.startswith("sampler_") and key not in _AROUND_SAMPLER}
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -37,7 +37,7 @@ def apply_model(executor: Callable, x: Tensor, t: Tensor, *args: Any, **kwargs: 
     if run is None:  # called outside of a sampling run
         return executor(x, t, *args, **kwargs)
     labels = _labels(options)
-    groups = _groups([run.evaluation.call.rows_of(label) for label in labels], len(x) / len(labels))
+    groups = None if _whole(options) else _groups([run.evaluation.call.rows_of(label) for label in labels], len(x) / len(labels))
     if groups is not None:
         return _in_parts(run, executor, groups, x, t, args, kwargs)
     run.count(len(x), len(labels))
@@ -92,6 +92,11 @@ def _groups(needed: list[Rows], batch: float) -> Groups | None:
         every = range(int(batch)) if isinstance(rows, bool) else (i for i, wanted in enumerate(rows) if wanted)
         groups.setdefault(tuple(every), []).append(chunk)
     return [(chunks, list(rows)) for rows, chunks in groups.items()]
+
+
+def _whole(options: dict[str, Any]) -> bool:
+    """Whether a patch of the network holds a tensor with one row for each row of the chunk, which nobody can reach: GLIGEN."""
+    return bool(options.get("patches", {}).get("middle_patch"))
 
 
 class _Selection:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -14,6 +16,7 @@ from ..spaces import Layout, cosine_per_sample, is_flow, norm_per_sample, on_dev
 from .choice import Choice, Rows
 from .curves import CFG_UPDATE, COSINE, Curves, Quantity
 from .evaluation import Evaluation
+from .host import is_one_video
 from .keys import RUN
 from .log import RunLog, publish
 from .plan import GuidancePlan, Policy, Shaper, Term
@@ -54,6 +57,7 @@ class Run:
         self.log = RunLog(steps=len(self.sigmas) - 1, batch=shape[0], sigmas=self.sigmas)
         self.watcher: Watcher | None = None
         self._curves = Curves(self.log.curves)
+        self._counting = threading.Lock()
         self._began = time.perf_counter()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Run:
@@ -77,6 +81,10 @@ class Run:
 
     # --- one evaluation after the other ---
 
+    def begin_sampling(self) -> None:
+        """The host has encoded the conds: they say whether the batch is one video."""
+        self.layout = replace(self.layout, one_video=is_one_video(self.guider, self.log.batch))
+
     def begin_evaluation(self, sigma: Tensor) -> Evaluation:
         """Find the solver step that asks, and what this evaluation computes."""
         index, first = self.position.advance(sigma, self.memories.clear)
@@ -95,6 +103,12 @@ class Run:
         if choice is not None:
             self.evaluation.choices[index] &= choice
             self._log_choice()
+
+    def leave_out_at_weight_1(self) -> None:
+        """Where a policy wants weight 1 and the guider has a weight of its own: D_u is D_c, whatever the weight."""
+        for index, choice in list(self.evaluation.choices.items()):
+            if choice.weight == 1:
+                self.narrow(index, Choice(uncond=False))
 
     def _log_choice(self) -> None:
         if self.evaluation.first:
@@ -116,12 +130,13 @@ class Run:
     # --- counters and curves ---
 
     def count(self, rows: int, chunks: float) -> None:
-        """One model call of ``rows`` rows that holds ``chunks`` branches, or parts of them."""
+        """One model call of ``rows`` rows that holds ``chunks`` branches, or parts of them. Several GPUs call from a thread each."""
         step = self.evaluation.index
-        self.log.calls += 1
-        self.log.rows += rows
-        self.log.nfe += chunks
-        self.log.evaluations[step] = self.log.evaluations.get(step, 0) + chunks
+        with self._counting:
+            self.log.calls += 1
+            self.log.rows += rows
+            self.log.nfe += chunks
+            self.log.evaluations[step] = self.log.evaluations.get(step, 0) + chunks
 
     def count_saved(self, branches: int, rows: Rows) -> None:
         """Branches of which only these rows are evaluated."""

@@ -61,6 +61,11 @@ class Position:
         self._begun: int | None = None  # the step that a sampler of ours is in
         self._fresh = False  # whether it has just begun that step
 
+    @property
+    def begun(self) -> bool:
+        """Whether there has been an evaluation."""
+        return self._index >= 0
+
     @contextmanager
     def announced(self) -> Iterator[Callable[[int], None]]:
         """Around the loop of a sampler of ours: what it calls with the index of each step that it begins, in any order."""

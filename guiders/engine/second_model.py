@@ -42,12 +42,16 @@ class WeakModel:
         self.shared = patcher.model is guider.model_patcher.model
         conds = {name: [cond.copy() for cond in conds] for name, conds in guider.original_conds.items()}
         self.options = self._prepared(conds, extra_args["model_options"])
-        if not self.shared:
-            patcher.pre_run()
-        conds = comfy.samplers.process_conds(
-            self.model, noise, conds, patcher.load_device, latent_image, denoise_mask, extra_args.get("seed"),
-            latent_shapes=run.latent_shapes,
-        )  # fmt: skip
+        try:
+            if not self.shared:
+                patcher.pre_run()
+            conds = comfy.samplers.process_conds(
+                self.model, noise, conds, patcher.load_device, latent_image, denoise_mask, extra_args.get("seed"),
+                latent_shapes=run.latent_shapes,
+            )  # fmt: skip
+        except BaseException:
+            self.finish()
+            raise
         self.conds = conds["positive"]
 
     def _prepared(self, conds: dict[str, list], main: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from . import telemetry
-from .checks import check_start
+from .checks import check_evaluated, check_start
 from .combination import add_term, exact_cfg, shape_cfg
 from .fusion import WindowedBranches, evaluate
 from .host import CFG_SLOT, CFG_WEIGHTS, POST_CFG, combines_itself, reads_uncond
@@ -65,12 +65,14 @@ def _sampler_sample(executor: Any, guider: Any, sigmas: Tensor, extra_args: dict
     run = run_of(extra_args["model_options"])
     models = {id(b.model): b.model for _, term in run.terms for b in term.branches if b.model is not None}
     prepared: list[WeakModel] = []
+    run.begin_sampling()
     try:
         for model in models.values():
             prepared.append(WeakModel(model, run, extra_args, *args[1:4], **kwargs))
             run.weak_models[model] = prepared[-1]
         return call_sampler(executor, guider, sigmas, extra_args, *args, **kwargs)
     finally:
+        run.weak_models.clear()  # they know the run: without this, both would live on until Python looks for circles
         for weak in prepared:
             weak.finish()
 
@@ -78,6 +80,7 @@ def _sampler_sample(executor: Any, guider: Any, sigmas: Tensor, extra_args: dict
 def _predict_noise(executor: Any, x: Tensor, timestep: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     guider = executor.class_obj
     run = run_of(guider.model_options)
+    is_first = not run.position.begun
     evaluation = run.begin_evaluation(timestep)
     weight = evaluation.choice.weight
     saved = {name: getattr(guider, name) for name in CFG_WEIGHTS if hasattr(guider, name)}
@@ -90,6 +93,8 @@ def _predict_noise(executor: Any, x: Tensor, timestep: Tensor, *args: Any, **kwa
     finally:
         for name, value in saved.items():
             setattr(guider, name, value)
+    if is_first:
+        check_evaluated(run)
     if combines_itself(guider) and evaluation.cond is not None:
         for index, _ in run.terms:
             denoised = add_term(run, index, denoised)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
-from tools import attach, comfy, counted, empty_latent, guided, sample, tiny
+from tools import attach, comfy, counted, empty_latent, guided, perpneg, sample, tiny
 
 from lodestar.guiders.engine import checks
 from lodestar.guiders.engine.choice import Choice
@@ -102,18 +102,25 @@ def test_shapers_are_refused_where_the_sampler_reads_uncond():
     assert run(neutral, sampler="euler_cfg_pp").equal(run(model, sampler="euler_cfg_pp"))
 
 
-def test_a_guider_of_another_kind_is_refused_for_shapers_and_policies_only():
+def test_a_guider_that_combines_predictions_is_refused_for_shapers_and_policies_only():
+    guider = perpneg.Guider_PerpNeg(tiny("unet"))
+    start = Start(guider, SimpleNamespace(), None, None)
+    checks.check_start(GuidancePlan(), start)
+    for rule in (APG(), Weights()):
+        with pytest.raises(
+            ValueError, match=r"cannot work with Guider_PerpNeg: that guider combines the predictions itself\. .* or bypass"
+        ):
+            checks.check_start(GuidancePlan().plus(rule), start)
+    checks.check_start(GuidancePlan().plus(Weights(active=False)), start)
+
+
+def test_what_a_guider_of_another_pack_does_is_not_known_before_it_has_done_it():
     class Own(comfy.samplers.CFGGuider):
         def predict_noise(self, *args, **kwargs):
             raise NotImplementedError
 
-    guider = Own(tiny("unet"))
-    start = Start(guider, SimpleNamespace(), None, None)
-    checks.check_start(GuidancePlan(), start)
-    for rule in (APG(), Weights()):
-        with pytest.raises(ValueError, match=r"cannot work with Own: that guider combines the predictions itself\. .* or bypass"):
-            checks.check_start(GuidancePlan().plus(rule), start)
-    checks.check_start(GuidancePlan().plus(Weights(active=False)), start)
+    start = Start(Own(tiny("unet")), SimpleNamespace(), None, None)
+    checks.check_start(GuidancePlan().plus(APG()).plus(Weights()), start)
 
 
 def test_a_claimed_cfg_slot_is_refused_at_the_node_and_at_the_start():

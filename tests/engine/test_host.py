@@ -7,7 +7,15 @@ from functools import partial
 import pytest
 from tools import comfy, cond, custom, perpneg, tiny
 
-from lodestar.guiders.engine.host import cfg_slot_owner, combines_itself, describe_latent, is_dual_cfg, reads_uncond, same_latent
+from lodestar.guiders.engine.host import (
+    cfg_slot_owner,
+    combines_itself,
+    describe_latent,
+    is_dual_cfg,
+    is_known_to_combine,
+    reads_uncond,
+    same_latent,
+)
 
 
 def test_samplers_that_read_uncond():
@@ -30,6 +38,18 @@ def test_guiders():
     plain = [comfy.samplers.CFGGuider(model), custom.BasicGuider.execute(model, cond(1)).result[0]]
     assert [combines_itself(guider) for guider in (dual, perp, *plain)] == [True, True, False, False]
     assert [is_dual_cfg(guider) for guider in (dual, perp, *plain)] == [True, False, False, False]
+
+    class Foreign(comfy.samplers.CFGGuider):
+        def predict_noise(self, *args):
+            return super().predict_noise(*args)
+
+    class ForeignPerp(type(perp)):
+        def predict_noise(self, *args):
+            return super().predict_noise(*args)
+
+    foreign = [Foreign(model), ForeignPerp(model)]
+    assert [combines_itself(guider) for guider in foreign] == [True, True]
+    assert [is_known_to_combine(guider) for guider in (dual, perp, *plain, *foreign)] == [True, True, False, False, False, True]
 
 
 def test_the_owner_of_the_cfg_slot():

@@ -12,6 +12,7 @@ from tools import attach, comfy, empty_latent, guided, log_of, pag, sample, tiny
 from lodestar.guiders.engine.keys import RUN
 from lodestar.guiders.engine.log import last_log
 from lodestar.guiders.engine.plan import plan_of
+from lodestar.guiders.policies.adaptive import AdaptiveGuidance
 from lodestar.guiders.policies.interval import GuidanceInterval
 from lodestar.guiders.shapers.apg import APG
 from lodestar.guiders.terms.autoguidance import Autoguidance
@@ -40,6 +41,30 @@ def test_a_run_leaves_nothing_in_the_model():
     assert runs[0]() is None
     assert repr(main.model_options) == options
     assert RUN not in main.model_options["transformer_options"]
+
+
+def test_a_run_is_freed_at_its_end_without_a_garbage_collection():
+    """Runs and weak models hold whole batches of tensors."""
+    model, kept = tiny("unet"), []
+
+    def note(args):
+        found = args["model_options"]["transformer_options"][RUN]
+        weak = list(found.weak_models.values())
+        kept.extend(weakref.ref(thing) for thing in (found, found.evaluation, found.evaluation.cond, *weak))
+        return args["denoised"]
+
+    main = guided(model, APG(momentum=-0.5), pag(model), Autoguidance(weak_model=tiny("unet", seed=7)), AdaptiveGuidance(threshold=0.9))
+    main.set_model_sampler_post_cfg_function(note)
+    run(main)
+    kept.clear()
+    gc.collect()
+    gc.disable()
+    try:
+        run(main)
+        assert kept
+        assert [thing() for thing in kept if thing() is not None] == []
+    finally:
+        gc.enable()
 
 
 def test_the_log_belongs_to_the_plan():

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import tools
 import torch
+from conditioning_tools import weight_hooks
 from tools import WrappersMP, attach, close, comfy, empty_latent, guided, nodes, pag, sample, tiny
 from torch import Tensor
 
@@ -61,6 +62,22 @@ def test_the_weak_model_can_be_sampled_itself_afterwards():
     assert repr(weak.model_options) == options
 
 
+def test_out_of_memory_while_the_weak_model_is_prepared_leaves_nothing_behind(monkeypatch):
+    model, weak = tiny("unet"), tiny("unet", seed=7)
+    main = guided(model, Autoguidance(weak_model=weak))
+    expected, hooks = run(main), dict(weak.hook_patches)
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patches, pytest.raises(torch.OutOfMemoryError):
+        patches.setattr(weak.model, "extra_conds", full)
+        run(main, **weight_hooks(weak))
+    assert weak.model.current_patcher is None
+    assert weak.hook_patches == hooks and weak.hook_patches_backup is None
+    assert torch.equal(run(main), expected)
+
+
 def test_a_weak_model_with_a_plan_of_its_own_is_evaluated_plainly():
     model, weak = tiny("unet"), tiny("unet", seed=7)
     guided_weak = guided(weak, APG(), pag(weak))
@@ -90,6 +107,22 @@ def test_the_same_model_twice_is_refused_whatever_its_own_guidance():
         with pytest.raises(ValueError, match="are the same model"):
             attach_node(model, weak)
         attach_node(model, weak, scale=1.0)
+
+
+def after_prediction(model):
+    """A clone on which other packs have claimed what comes after the predictions: nothing that a weak model would see."""
+    clone = model.clone()
+    clone.set_model_sampler_cfg_function(lambda args: args["cond"], disable_cfg1_optimization=True)
+    clone.set_model_sampler_pre_cfg_function(lambda args: args["conds_out"])
+    clone.set_model_sampler_post_cfg_function(lambda args: args["denoised"])
+    return clone
+
+
+def test_the_same_model_is_refused_where_only_the_combination_differs():
+    base = tiny("unet")
+    for model, weak in ((after_prediction(base), base), (base, after_prediction(base))):
+        with pytest.raises(ValueError, match="are the same model"):
+            attach_node(model, weak)
 
 
 def blurred(model):

@@ -132,6 +132,48 @@ def test_models_denoise(host, model, strength):
     assert (denoised - clean).square().mean() < 0.5 * clean.var()
 
 
+def sampled(model):
+    """Eight steps of a demo model that other nodes may have patched."""
+    import tools
+
+    from lodestar.demo import models
+
+    clip = models.load_clip()
+    positive, negative = (models.encode(clip, [caption]) for caption in ("a small red disc on a grey background", ""))
+    latent = torch.zeros(1, 3, 32, 32)
+    return tools.sample(model, steps=8, latent=latent, positive=positive, negative=negative, scheduler=models.SCHEDULERS["unet"])
+
+
+def test_the_unet_works_with_easycache(host):
+    """Wrappers of the network, such as that of EasyCache, see as many channels come out as go in, and a size that stays."""
+    import comfy_extras.nodes_easycache
+
+    from lodestar.demo import models
+
+    model = models.load_model("unet", "main")
+    cached = comfy_extras.nodes_easycache.EasyCacheNode.execute(model, 0.3, 0.15, 0.95, False).result[0]
+    calls = []
+    handle = model.model.diffusion_model.time_embed.register_forward_pre_hook(lambda *_: calls.append(1))
+    result = sampled(cached)
+    handle.remove()
+    assert 1 < len(calls) < 8
+    assert torch.isfinite(result).all()
+    assert not torch.equal(result, sampled(model))
+
+
+@pytest.mark.parametrize(("model", "strength"), MODELS)
+def test_the_host_can_load_the_weights_once_more(host, model, strength):
+    """For another device, or without dynamic VRAM."""
+    from lodestar.demo import models
+
+    loaded = models.load_model(model, strength)
+    load, args = loaded.cached_patcher_init
+    for again in (load(*args), load(*args, disable_dynamic=True)):
+        assert again.model is not loaded.model
+        ours, theirs = loaded.model.state_dict(), again.model.state_dict()
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 def test_classifier(host):
     from lodestar.demo import classifier, shapes
 
