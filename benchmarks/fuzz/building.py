@@ -42,7 +42,12 @@ def build(graph: Graph) -> Built:
         else:
             model = call(name, model=model, **{key: _resolved(value, graph, latent, model) for key, value in inputs.items()})[0]
     name, inputs = graph.sampling
-    return Built(model, lambda: SAMPLING[name](model, positive, negative, latent, **inputs))
+
+    def sample() -> list[Tensor]:
+        torch.manual_seed(graph.seed)  # some nodes of the host draw from it, and not all samplers set it
+        return SAMPLING[name](model, positive, negative, latent, **inputs)
+
+    return Built(model, sample)
 
 
 def without_us(graph: Graph) -> Graph:
@@ -164,6 +169,8 @@ def mask(name: str, graph: Graph) -> Tensor:
 
 @cache
 def _sampler(name: str) -> Any:
+    if name == "SamplerLCMUpscale":
+        return call(name, scale_ratio=1.5)[0]
     return call(name)[0] if name.startswith("Sampler") else call("KSamplerSelect", sampler_name=name)[0]
 
 

@@ -177,9 +177,9 @@ def _check_count(graph: Graph, built: Built, results: list[Tensor], seen: tuple[
         _, _, table = call("LodestarReport", model=built.model, latent={"samples": results[0]})
     except Exception as error:
         raise Failure(f"the report: {described(error)}") from error
-    told = tuple(int(re.search(rf"^{word} +(\d+)", table, re.MULTILINE)[1]) for word in ("calls", "rows"))
-    if told != seen:
-        raise Failure(f"the report says {told[0]} calls with {told[1]} rows, the networks saw {seen[0]} with {seen[1]}")
+    reported = tuple(int(re.search(rf"^{word} +(\d+)", table, re.MULTILINE)[1]) for word in ("calls", "rows"))
+    if reported != seen:
+        raise Failure(f"the report says {reported[0]} calls with {reported[1]} rows, the networks saw {seen[0]} with {seen[1]}")
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
@@ -212,8 +212,8 @@ def described(error: BaseException) -> str:
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
-    place = "" if frame is None else f" ({frame.tb_frame.f_code.co_filename.rpartition('/')[2]}: {frame.tb_frame.f_code.co_name})"
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}{place}"
+    where = "" if frame is None else f" ({frame.tb_frame.f_code.co_filename.rpartition('/')[2]}: {frame.tb_frame.f_code.co_name})"
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}{where}"
 
 
 # --- what is left ----------------------------------------------------------------------------------------------------
