@@ -85,10 +85,8 @@ def refuse_lambda(name: str, sampler: str | None, remedy: str | None = None) -> 
 def refuse_own_combination(name: str, guider: Any) -> None:
     """Raise ValueError for guiders that would drop what ``name`` does to the combination."""
     if combines_itself(guider):
-        raise ValueError(
-            f"{name} cannot work with {type(guider).__name__}: that guider combines the predictions itself. Use a CFGGuider instead, "
-            f"or bypass {name}."
-        )
+        way = "combines the predictions itself" if is_known_to_combine(guider) else "has a way of its own to combine the predictions"
+        raise ValueError(f"{name} cannot work with {type(guider).__name__}: that guider {way}. Use a CFGGuider instead, or bypass {name}.")
 
 
 def refuse_dual_cfg(name: str, guider: Any) -> None:

@@ -43,7 +43,12 @@ def is_known_to_combine(guider: Any) -> bool:
     import comfy.samplers
 
     defining = [cls for cls in type(guider).__mro__ if "predict_noise" in vars(cls) and cls is not comfy.samplers.CFGGuider]
-    return any(cls.__module__.split(".")[0] in ("comfy", "comfy_extras") for cls in defining)
+    return any(_is_hosts(cls.__module__) for cls in defining)
+
+
+def _is_hosts(module: str) -> bool:
+    """Whether a module is one of the host's. It loads its own nodes by their files, which the names of these modules are then."""
+    return module.startswith("comfy.") or ("comfy_extras" in module and "custom_nodes" not in module)
 
 
 def is_dual_cfg(guider: Any) -> bool:
@@ -60,6 +65,13 @@ def cfg_slot_owner(model_options: Mapping[str, Any]) -> str | None:
 def owner_of(function: Any) -> str:
     """Whose a function in the host's options is, by the name of its class or its own."""
     return getattr(function, "__qualname__", type(function).__name__).split(".")[0]
+
+
+def has_frames_for_rows(model: Any) -> bool:
+    """Whether every latent batch of a MODEL is the frames of one video (SVD, SV3D), as ``is_one_video`` sees it in a run."""
+    import comfy.model_base  # here, because maths that needs no host asks other things of this module
+
+    return isinstance(model.model, comfy.model_base.SVD_img2vid)
 
 
 def is_one_video(guider: Any, batch: int) -> bool:

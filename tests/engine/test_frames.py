@@ -13,6 +13,8 @@ from conditioning_tools import windows
 from tools import close, comfy, cond, counted, guided, log_of, pag
 
 from comfy_extras.nodes_context_windows import ContextWindowsManualNode  # isort: skip
+from lodestar.guiders.learning.runs import Runs
+from lodestar.guiders.policies.linear_ag.fit import fit
 from lodestar.guiders.shapers.apg import APG
 from lodestar.guiders.spaces import Layout, norm_per_sample
 from lodestar.guiders.terms.pag import rescaled
@@ -108,6 +110,17 @@ def test_context_windows_of_frames(rule):
         result = run(guided(model, rule), steps=3)
     assert torch.isfinite(result).all()
     assert all(count % 3 == 0 for count in rows)
+
+
+def test_linear_ag_is_fitted_to_whole_videos():
+    model = svd()
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "karras", STEPS)
+    latent = {"samples": torch.zeros(FRAMES, 4, 8, 8)}
+    runs = Runs("LinearAG: fit", model, [cond(1)], cond(2), latent, comfy.samplers.sampler_object("euler"), sigmas, 3.0, 0)
+    with torch.inference_mode(), counted(model) as rows:
+        coefficients = fit(runs, 2)
+    assert coefficients.trajectories == 2
+    assert rows == [2 * FRAMES] * (2 * STEPS)
 
 
 def test_a_batch_of_pictures_stays_a_batch():

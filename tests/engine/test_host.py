@@ -50,6 +50,9 @@ def test_guiders():
     foreign = [Foreign(model), ForeignPerp(model)]
     assert [combines_itself(guider) for guider in foreign] == [True, True]
     assert [is_known_to_combine(guider) for guider in (dual, perp, *plain, *foreign)] == [True, True, False, False, False, True]
+    for module, known in (("/home/me/ComfyUI/comfy_extras/nodes_perpneg", True), ("/home/me/ComfyUI/custom_nodes/comfy_extras_too", False)):
+        Foreign.__module__ = module  # as the host names what it has loaded by a file
+        assert is_known_to_combine(foreign[0]) is known
 
 
 def test_the_owner_of_the_cfg_slot():

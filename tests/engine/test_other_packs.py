@@ -15,6 +15,7 @@ from adaptive_tools import ag
 from conditioning_tools import node
 from tools import close, comfy, cond, counted, empty_latent, guided, log_of, pag, sample, tiny
 
+from lodestar.guiders.cfgpp.sampler import cfgpp_sampler
 from lodestar.guiders.engine.choice import Choice
 from lodestar.guiders.engine.plan import Policy
 from lodestar.guiders.learning.runs import Runs
@@ -214,22 +215,31 @@ def test_linear_ag_is_fitted_beside_skip_layer_guidance():
     assert sorted(coefficients.betas) == [1]
 
 
+def uncond_first(args):
+    """Nothing can be left out of the unconditional prediction any more, and nothing can be compared."""
+    (cond, uncond), rest = args["conds"], (args["input"], args["sigma"], args["model_options"])
+    second = None if uncond is None else comfy.samplers.calc_cond_batch(args["model"], [None, uncond], *rest)[1]
+    first = comfy.samplers.calc_cond_batch(args["model"], [cond, None], *rest)
+    return first if second is None else [first[0], second]
+
+
+def copied_conds(args):
+    """Which of the lists is the positive one cannot be seen."""
+    conds = [None if cond is None else [entry.copy() for entry in cond] for cond in args["conds"]]
+    return comfy.samplers.calc_cond_batch(args["model"], conds, args["input"], args["sigma"], args["model_options"])
+
+
+@pytest.mark.parametrize("function", [uncond_first, copied_conds])
 @pytest.mark.parametrize("rule", [ag(0.9), Predicting()], ids=["AG", "another"])
-def test_an_order_that_cannot_be_followed_is_said(rule):
-    """The unconditional prediction first: nothing can be left out of it any more, and nothing can be compared."""
-
-    def uncond_first(args):
-        (cond, uncond), rest = args["conds"], (args["input"], args["sigma"], args["model_options"])
-        second = comfy.samplers.calc_cond_batch(args["model"], [None, uncond], *rest)
-        return [comfy.samplers.calc_cond_batch(args["model"], [cond, None], *rest)[0], second[1]]
-
+def test_a_way_that_cannot_be_followed_is_said_after_the_first_evaluation(rule, function):
     model = tiny("unet")
-    model.set_model_sampler_calc_cond_batch_function(uncond_first)
+    model.set_model_sampler_calc_cond_batch_function(function)
     with counted(model) as rows, pytest.raises(ValueError, match=rf"^{re.escape(rule.name)} .* bypass") as error:
         run(guided(model, rule))
-    assert len(rows) == 2
+    assert sum(rows) == 2
     assert "\n" not in str(error.value)
-    run(guided(model, APG(), pag(model), GuidanceInterval(end_percent=0.5)))
+    for other in (APG(norm_threshold=2.0), GuidanceInterval(end_percent=0.5)):
+        assert close(run(guided(model, other)), run(guided(tiny("unet"), other)))
 
 
 # --- guiders of other packs --------------------------------------------------------------------------------------------
@@ -310,6 +320,16 @@ def test_a_guider_that_combines_by_itself_is_noticed_in_its_first_evaluation():
         main, ours = guided(model, kept), guided(model, kept)
         assert close(run_with(NoSlot, main), run_with(comfy.samplers.CFGGuider, ours), 1e-5)
         assert log_of(main).rows == log_of(ours).rows
+
+
+def test_cfgpp_sets_the_guiders_cfg_which_another_packs_guider_may_not_read():
+    model, sampler = tiny("unet"), cfgpp_sampler("euler", 0.6)
+    guider = OwnWeight(model)
+    guider.set_conds(cond(1), cond(2))
+    noise = adaptive_tools.noise_for(model, 1)
+    with counted(model) as rows, pytest.raises(ValueError, match="OwnWeight: that guider has a way of its own to combine the predictions"):
+        guider.sample(noise, noise * 0, sampler, torch.tensor([2.0, 1.0, 0.0]), disable_pbar=True, seed=1)
+    assert not rows
 
 
 def test_policies_need_a_guider_with_one_cfg():

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...engine.attach import attach
 from ...engine.choice import Choice
+from ...engine.host import has_frames_for_rows
 from ...engine.plan import Policy
 from ...engine.step import Step
 from ...learning.recognition import setting_of
@@ -70,20 +71,21 @@ class Recorder(Policy):
 
 
 def fit(runs: Runs, trajectories: int) -> Coefficients:
-    """Sample ``trajectories`` images with CFG, as many at a time as the latent has rows, and solve.
+    """Sample ``trajectories`` images or videos with CFG, as many at a time as the latent has, and solve.
 
     Raises ValueError as ``Runs.check`` does, and for samplers of several evaluations per step.
     """
     runs.check(LEAST_STEPS)
     steps = len(runs.sigmas) - 1
     gram = Gram(steps)
-    batch = len(runs.latent["samples"])
+    one_video = has_frames_for_rows(runs.model)  # which the latent's rows are then
+    batch = 1 if one_video else len(runs.latent["samples"])
     progress = comfy.utils.ProgressBar(steps * -(-trajectories // batch))
     for number in range(-(-trajectories // batch)):
         trajectory = Trajectory(progress)
         guider = runs.guider(number, attach(runs.model, Recorder(trajectory=trajectory)))
-        runs.sample(guider, number, runs.sampler, trajectories - gram.trajectories)
-        gram.add(trajectory.cond, trajectory.uncond)
+        runs.sample(guider, number, runs.sampler, None if one_video else trajectories - gram.trajectories)
+        gram.add(*([one[None] for one in scores] if one_video else scores for scores in (trajectory.cond, trajectory.uncond)))
     if not torch.isfinite(gram.matrix).all():
         raise ValueError(f"{NAME}: the model's predictions are not finite with these settings.")
     return Coefficients.of(gram, setting_of(guider, runs.sampler, runs.sigmas))
