@@ -95,8 +95,11 @@ def _groups(needed: list[Rows], batch: float) -> Groups | None:
 
 
 def _whole(options: dict[str, Any]) -> bool:
-    """Whether a patch of the network holds a tensor with one row for each row of the chunk, which nobody can reach: GLIGEN."""
-    return bool(options.get("patches", {}).get("middle_patch"))
+    """Whether a patch of another pack counts on all rows of a chunk, beyond what can be narrowed.
+
+    GLIGEN holds a tensor with one row for each of them. A replaced self-attention may keep its maps for later: Self-Attention Guidance.
+    """
+    return bool(options.get("patches", {}).get("middle_patch") or options.get("patches_replace", {}).get("attn1"))
 
 
 class _Selection:

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 
@@ -39,17 +39,24 @@ def _restore(block: nn.Module, own: Callable | None) -> None:
 
 
 def _again(forward: Callable, *args: Any, **kwargs: Any) -> Any:
-    """A checkpoint of one block. The host goes on writing into its options, so the second run gets a copy of those of the first."""
+    """A checkpoint of one block, whose second run gets what the first one got.
+
+    So each run gets copies: the host goes on writing into its options, and Flux's blocks write into the tensors that they are given.
+    """
 
     def run(*inputs: Any) -> Any:
         return forward(*map(_copied, inputs), **{key: _copied(value) for key, value in kwargs.items()})
 
-    kwargs = {key: _copied(value) for key, value in kwargs.items()}
-    return checkpoint(run, *map(_copied, args), use_reentrant=False, preserve_rng_state=False)
+    kwargs = {key: _kept(value) for key, value in kwargs.items()}
+    return checkpoint(run, *map(_kept, args), use_reentrant=False, preserve_rng_state=False)
+
+
+def _kept(value: Any) -> Any:
+    return dict(value) if isinstance(value, dict) else value
 
 
 def _copied(value: Any) -> Any:
-    return dict(value) if isinstance(value, dict) else value
+    return value.clone() if isinstance(value, Tensor) else _kept(value)
 
 
 def checkpointed_call(function: Callable[..., Any], *args: Any) -> Any:
