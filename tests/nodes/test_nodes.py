@@ -33,8 +33,10 @@ def defaults(classes: dict, node: str, **changes) -> dict:
 
 
 def run(classes: dict, node: str, model: object, **changes) -> object:
-    """The MODEL that a node makes, by its own ``execute``."""
-    models = {"weak_model": changes.pop("weak_model", model)} if node == "LodestarAutoguidance" else {}
+    """The MODEL that a node makes, by its own ``execute``; autoguidance from another tiny UNet unless ``weak_model`` is given."""
+    import tools
+
+    models = {"weak_model": changes.pop("weak_model", None) or tools.tiny("unet", seed=7)} if node == "LodestarAutoguidance" else {}
     return classes[node].execute(model=model, **models, **defaults(classes, node, **changes)).args[0]
 
 
