@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 
 _MOMENTUM = 0.95
+_DECAY = 0.03  # of the weights, times the rate: without it kernels grow until a run diverges
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic Newton-Schulz step
 
 
@@ -36,4 +37,5 @@ class Muon(torch.optim.Optimizer):
                 momentum.lerp_(parameter.grad, 1 - _MOMENTUM)
                 direction = parameter.grad.lerp(momentum, _MOMENTUM).flatten(1)
                 scale = max(1.0, direction.shape[0] / direction.shape[1]) ** 0.5
+                parameter.mul_(1 - _DECAY * group["lr"])
                 parameter.add_(orthogonal(direction).view(parameter.shape), alpha=-group["lr"] * scale)

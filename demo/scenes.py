@@ -91,7 +91,7 @@ def random_scenes(count: int, generator: torch.Generator, shares: Sequence[float
     def pick(high: int, *shape: int) -> torch.Tensor:
         return torch.randint(high, (count, *shape), generator=generator)
 
-    number = 1 + torch.multinomial(torch.tensor(shares), count, replacement=True, generator=generator) if count else pick(1)
+    number = 1 + torch.multinomial(torch.tensor(shares).float(), count, replacement=True, generator=generator) if count else pick(1)
     relations = pick(len(RELATIONS), 2)
     twice = (relations == INSIDE).all(dim=1)
     relations[:, 1] = torch.where(twice, pick(INSIDE), relations[:, 1])
