@@ -24,13 +24,15 @@ class Encoded:
 
 
 class Store:
-    """Shards of encoded pictures in a folder. A shard follows from its number and the autoencoder's weights; it is made when asked for."""
+    """Shards of encoded pictures in a folder. A shard follows from its number and the encoder's weights; it is made when asked for."""
 
     def __init__(self, folder: Path, weights: Path, size: int = SHARD) -> None:
-        self.folder = folder / hashlib.sha256(weights.read_bytes()).hexdigest()[:12]  # other weights, other latents
+        values = load_file(weights)
+        encoder = [values[name].numpy().tobytes() for name in sorted(values) if not name.startswith("decoder.")]
+        self.folder = folder / hashlib.sha256(b"".join(encoder)).hexdigest()[:12]  # another encoder, other latents
         self.size = size
         self.net = autoencoder.Autoencoder().requires_grad_(False)
-        self.net.load_state_dict({name: value.float() for name, value in load_file(weights).items()})
+        self.net.load_state_dict({name: value.float() for name, value in values.items()})
         self.net.to(memory_format=torch.channels_last)
 
     def shard(self, number: int) -> Encoded:

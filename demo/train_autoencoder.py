@@ -1,7 +1,8 @@
-"""Train the 128-pixel demo models' autoencoder: ``python run.py python demo/train_autoencoder.py [--steps N]``.
+"""Train the 128-pixel demo models' autoencoder: ``python run.py python demo/train_autoencoder.py [--decoder] [--steps N]``.
 
 Seeded and resumable: a batch depends on its number alone. Stop it with Ctrl-C, start it again, and it goes on. One thread by default: on a
-machine with other work, more threads wait for each other and are slower.
+machine with other work, more threads wait for each other and are slower. With --decoder the encoder stays as it is, and so do the latents:
+models that were trained on them remain valid.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from lodestar.demo import autoencoder, scenes, trainer
 HERE = Path(__file__).parent
 FILES = trainer.Files(HERE / "training" / "autoencoder.pt", HERE / "weights" / "latent" / "autoencoder.safetensors")
 ENDS = ("encoder.1.weight", "encoder.8.weight", "decoder.0.weight", "decoder.11.weight")  # their scale matters, so Muon is not for them
-PLAN = trainer.Plan(steps=2_400, muon=0.012, adam=2e-3, ends=ENDS)
+PLAN = trainer.Plan(steps=1_900, muon=0.012, adam=2e-3, ends=ENDS)
+DECODER_STEPS = 4_000  # those of the whole run included
 WINDOW, WINDOWS, WHOLE = 64, 32, 8  # three steps of four: 32 windows of 64x64 on objects; the fourth: 8 whole pictures
 KL = 1e-3
-HELD_OUT = 192
+HELD_OUT = 64
 
 
 def batch(step: int, seed: int) -> torch.Tensor:
@@ -56,12 +58,13 @@ def loss(net: autoencoder.Autoencoder, pictures: torch.Tensor, generator: torch.
 
 @torch.no_grad()
 def measure(net: autoencoder.Autoencoder) -> dict[str, float]:
-    """Held-out quality in decibels. Sets the latents' mean and spread as well."""
+    """Held-out quality in decibels. Sets the latents' mean and spread as well, unless the encoder is kept."""
     pictures = held_out()
     mean, logvar = (torch.cat(parts) for parts in zip(*map(net.posterior, pictures.split(16)), strict=True))
     restored = torch.cat([net.decoder(part) for part in mean.split(16)])
-    net.mean.copy_(mean.mean(dim=(0, 2, 3)))
-    net.spread.copy_(mean.std(dim=(0, 2, 3)))
+    if net.encoder[1].weight.requires_grad:
+        net.mean.copy_(mean.mean(dim=(0, 2, 3)))
+        net.spread.copy_(mean.std(dim=(0, 2, 3)))
     noise = ((0.5 * logvar).exp().mean(dim=(0, 2, 3)) / net.spread).mean().item()
     return {"psnr": round(autoencoder.psnr(restored, pictures).mean().item(), 2), "noise": round(noise, 4)}
 
@@ -69,19 +72,28 @@ def measure(net: autoencoder.Autoencoder) -> dict[str, float]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=PLAN.steps, help="the length of the whole run, which the learning rate follows")
+    parser.add_argument("--decoder", action="store_true", help="train the decoder alone, from the weights in the repository on")
+    parser.add_argument("--steps", type=int, help="the length of the whole run, which the learning rate follows")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
+    run(arguments.decoder, arguments.steps, arguments.seed).run()
+
+
+def run(decoder: bool, steps: int | None, seed: int) -> trainer.Trainer:
+    """The run, begun or gone on with. steps: another length than the plan's."""
     net = autoencoder.Autoencoder().to(memory_format=torch.channels_last)
+    net.encoder.requires_grad_(not decoder)
 
     def step_loss(step: int) -> torch.Tensor:
-        pictures = batch(step, arguments.seed).contiguous(memory_format=torch.channels_last)
-        return loss(net, pictures, torch.Generator().manual_seed(arguments.seed * 1_000_003 + step))
+        pictures = batch(step, seed).contiguous(memory_format=torch.channels_last)
+        return loss(net, pictures, torch.Generator().manual_seed(seed * 1_000_003 + step))
 
-    trainer.Trainer(net, step_loss, PLAN._replace(steps=arguments.steps), FILES, measure).run()
+    plan = PLAN._replace(steps=steps or (DECODER_STEPS if decoder else PLAN.steps))
+    files = FILES._replace(state=FILES.state.with_stem("decoder")) if decoder else FILES
+    return trainer.Trainer(net, step_loss, plan, files, measure)
 
 
 if __name__ == "__main__":

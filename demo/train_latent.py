@@ -75,7 +75,7 @@ def trainer_of(name: str, seed: int, steps: int | None = None) -> trainer.Traine
     """One network's run, begun or gone on with. steps: another length than the recipe's."""
     model, strength = name.split("_")
     recipe, task = RECIPES[name], Diffusion(model, strength)
-    initialise(task.net, seed)
+    initialise(task.net.requires_grad_(True), seed)
     store = latents.Store(STATE / "latents", latent_models.WEIGHTS / "autoencoder.safetensors")
     stream = latents.Stream(store)
     steps = steps or recipe.steps

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .muon import Muon
 
 WARM_UP = 100
-SAVE_EVERY = 120  # seconds
+SAVE_EVERY = 240  # seconds; a save costs some, as the average is measured
 EMA_POWER = 12.0  # power-function average (EDM2, Karras et al. 2024, eq. 4): covers about the last tenth of the run
 
 
@@ -42,7 +42,7 @@ class Plan(NamedTuple):
 
 
 class Trainer:
-    """Trains ``net`` with ``loss(step)``, a cosine rate and an average of the weights; saves every two minutes.
+    """Trains what of ``net`` requires gradients with ``loss(step)``, a cosine rate and an average of the weights; saves every four minutes.
 
     measure: figures of the averaged network, for the curve and the metadata of the weights; it may change the network's buffers.
     snapshots: steps at which the averaged weights are written to another file as well.
@@ -60,9 +60,9 @@ class Trainer:
     ) -> None:
         self.net, self.loss, self.plan, self.files, self.measure, self.snapshots = net, loss, plan, files, measure, snapshots or {}
         self.step, self.since, self.seconds, self.smooth = 0, 0, 0.0, None
-        self.net.train().requires_grad_(True)
-        inner = [value for name, value in net.named_parameters() if value.ndim > 1 and name not in plan.ends]
-        rest = [value for name, value in net.named_parameters() if value.ndim < 2 or name in plan.ends]
+        self.net.train()
+        trained = [(value, value.ndim > 1 and name not in plan.ends) for name, value in net.named_parameters() if value.requires_grad]
+        inner, rest = ([value for value, matrix in trained if matrix is kind] for kind in (True, False))
         self.optimizers = [Muon(inner, plan.muon), torch.optim.Adam(rest, plan.adam, betas=(0.9, 0.99))]
         if files.state.exists():
             self._load_state()
