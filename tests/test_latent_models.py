@@ -133,6 +133,26 @@ def test_networks_are_as_large_as_said(L, model, strength, millions):
     assert host_model.latent_format.spacial_downscale_ratio == 8 and host_model.latent_format.latent_channels == 4
 
 
+def test_the_first_transformer_reads_captions(L, vae):
+    """Half-way between noise and picture, the right captions help it more than those of other pictures."""
+    generator = torch.Generator().manual_seed(11)
+    drawn = L.scenes.random_scenes(32, generator)
+    latents = vae.encode(L.scenes.draw(drawn, generator).movedim(1, -1))
+    noise = torch.randn(latents.shape, generator=generator)
+    encoder = L.SceneEncoder()
+    encoder.load_sd(L.word_table())
+    context, pooled = encoder.encode(L.scenes.captions(drawn))
+    net = L.load_model("mmdit", "main").model.diffusion_model
+
+    def error(rows):
+        flow = net((latents + noise) / 2, torch.full((32,), 500.0), context=context[rows], y=pooled[rows])
+        return (flow - (noise - latents)).square().mean()
+
+    right, wrong = error(torch.arange(32)), error(torch.arange(32).roll(1))
+    assert right < 0.3
+    assert right < 0.8 * wrong
+
+
 # ------------------------------------------------------------------------------------------------------------- training
 
 
