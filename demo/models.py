@@ -59,9 +59,10 @@ class PatchedUNet(UNetModel):
 
     def _forward(self, x: torch.Tensor, timesteps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """What the host's forward calls inside of other packs' wrappers, which expect as many channels to come out as go in."""
-        patches = rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=PATCH, q=PATCH)
+        side = self.patch_size
+        patches = rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=side, q=side)
         patches = torch.cat([patches, _places(patches).expand(len(x), -1, -1, -1)], dim=1)
-        out = rearrange(super()._forward(patches, timesteps, *args, **kwargs), "b (c p q) h w -> b c (h p) (w q)", p=PATCH, q=PATCH)
+        out = rearrange(super()._forward(patches, timesteps, *args, **kwargs), "b (c p q) h w -> b c (h p) (w q)", p=side, q=side)
         skip = self.skip[timesteps.round().long().clamp(0, len(self.skip) - 1)][:, None, None, None]
         return skip * x + (1 - skip**2).sqrt() * out
 
@@ -109,7 +110,7 @@ class ShapesMMDiT(comfy.supported_models.SD3):
         return False
 
 
-def _unet_config(channels: int, depth: int) -> dict[str, Any]:
+def unet_config(channels: int, depth: int) -> dict[str, Any]:
     return {
         "image_size": 8, "in_channels": 3 * PATCH**2 + 8, "out_channels": 3 * PATCH**2, "model_channels": channels,
         "num_res_blocks": [1, 1], "channel_mult": (1, 1), "transformer_depth": [depth, 1],
@@ -119,7 +120,7 @@ def _unet_config(channels: int, depth: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _mmdit_config(width: int, blocks: int) -> dict[str, Any]:
+def mmdit_config(width: int, blocks: int) -> dict[str, Any]:
     return {
         "input_size": None, "patch_size": PATCH, "in_channels": 3, "depth": width, "num_blocks": blocks, "num_patches": None,
         "pos_embed_max_size": 64, "pos_embed_scaling_factor": None, "adm_in_channels": WIDTH, "qk_norm": "rms",
@@ -129,10 +130,10 @@ def _mmdit_config(width: int, blocks: int) -> dict[str, Any]:
 
 
 _CONFIGS = {
-    ("unet", "main"): lambda: ShapesUNet(_unet_config(64, 2)),
-    ("unet", "weak"): lambda: ShapesUNet(_unet_config(32, 1)),
-    ("mmdit", "main"): lambda: ShapesMMDiT(_mmdit_config(2, 6)),
-    ("mmdit", "weak"): lambda: ShapesMMDiT(_mmdit_config(1, 4)),
+    ("unet", "main"): lambda: ShapesUNet(unet_config(64, 2)),
+    ("unet", "weak"): lambda: ShapesUNet(unet_config(32, 1)),
+    ("mmdit", "main"): lambda: ShapesMMDiT(mmdit_config(2, 6)),
+    ("mmdit", "weak"): lambda: ShapesMMDiT(mmdit_config(1, 4)),
 }
 
 

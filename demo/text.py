@@ -6,6 +6,7 @@ Words have fixed vectors (nothing is trained): what a word means is learned by t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from comfy import sd1_clip
@@ -15,38 +16,42 @@ from .shapes import WORDS
 LENGTH = 16
 WIDTH = 64
 _PADDING = 0
-_IDS = {word: index for index, word in enumerate(WORDS, start=1)}
 
 
 class CaptionTokenizer:
     """Splits a caption into words the demo models were trained on; knows the host's ``(word:1.2)`` weights."""
 
+    vocabulary, length = WORDS, LENGTH
+
     def __init__(self, embedding_directory: object = None, tokenizer_data: object = None) -> None:
         pass
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **_: object) -> dict[str, list]:
-        """One row of at most 16 (id, weight) pairs. Raises ValueError for a word that the demo models do not know."""
+        """One row of at most ``length`` (id, weight) pairs. Raises ValueError for a word that the demo models do not know."""
+        ids = {word: index for index, word in enumerate(self.vocabulary, start=1)}
         weighted = [
             (word, weight)
             for part, weight in sd1_clip.token_weights(sd1_clip.escape_important(text), 1.0)
             for word in sd1_clip.unescape_important(part).lower().replace(",", " ").replace(".", " ").split()
         ]
-        unknown = [word for word, _ in weighted if word not in _IDS]
+        unknown = [word for word, _ in weighted if word not in ids]
         if unknown:
-            raise ValueError(f"The demo model does not know {', '.join(map(repr, unknown))}; it knows: {', '.join(WORDS)}.")
-        if len(weighted) > LENGTH:
-            raise ValueError(f"The caption has {len(weighted)} words; the demo model reads at most {LENGTH}.")
-        row = [(_IDS[word], weight) for word, weight in weighted] + [(_PADDING, 1.0)] * (LENGTH - len(weighted))
+            raise ValueError(f"The demo model does not know {', '.join(map(repr, unknown))}; it knows: {', '.join(self.vocabulary)}.")
+        if len(weighted) > self.length:
+            raise ValueError(f"The caption has {len(weighted)} words; the demo model reads at most {self.length}.")
+        row = [(ids[word], weight) for word, weight in weighted] + [(_PADDING, 1.0)] * (self.length - len(weighted))
         return {"words": [[(*token, index + 1) for index, token in enumerate(row)] if return_word_ids else row]}
 
 
 class CaptionEncoder(torch.nn.Module):
     """Ids -> cond [B, 16, 64] (word plus place) and pooled [B, 64] (sum of the words)."""
 
+    tokenizer = CaptionTokenizer
+
     def __init__(self, dtype: torch.dtype | None = None, device: object = None, model_options: object = None) -> None:
         super().__init__()
         self.dtypes = {torch.float32}
-        self.words = torch.nn.Embedding(len(_IDS) + 1, WIDTH, padding_idx=_PADDING, device=device)
+        self.words = torch.nn.Embedding(len(self.tokenizer.vocabulary) + 1, WIDTH, padding_idx=_PADDING, device=device)
         self.requires_grad_(False)
 
     def set_clip_options(self, options: dict) -> None:
@@ -69,7 +74,7 @@ class CaptionEncoder(torch.nn.Module):
 
     def encode(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Plain captions to (cond, pooled), for training."""
-        rows = [CaptionTokenizer().tokenize_with_weights(text)["words"][0] for text in texts]
+        rows = [self.tokenizer().tokenize_with_weights(text)["words"][0] for text in texts]
         return self.encode_token_weights({"words": rows})
 
     def load_sd(self, state: dict[str, torch.Tensor]) -> tuple[list[str], list[str]]:
@@ -77,10 +82,10 @@ class CaptionEncoder(torch.nn.Module):
         return self.load_state_dict(state, strict=False)
 
 
-def word_table() -> dict[str, torch.Tensor]:
+def word_table(vocabulary: Sequence[str] = WORDS) -> dict[str, torch.Tensor]:
     """The fixed word vectors: orthonormal rows scaled to unit variance, zero for the padding."""
     square = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    rows = torch.linalg.qr(square).Q[: len(_IDS)].float() * math.sqrt(WIDTH)
+    rows = torch.linalg.qr(square).Q[: len(vocabulary)].float() * math.sqrt(WIDTH)
     return {"words.weight": torch.cat([torch.zeros(1, WIDTH), rows])}
 
 
