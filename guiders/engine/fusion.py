@@ -20,7 +20,7 @@ from torch import Tensor
 from .branches import branch_conds, with_control_views
 from .choice import Choice
 from .evaluation import FusedCall
-from .host import PRE_CFG, combines_itself, is_dual_cfg
+from .host import PRE_CFG, combines_itself, is_dual_cfg, keeps_attention_of_uncond
 from .rows import replace_rows
 from .run import Run
 
@@ -111,10 +111,11 @@ def _leave_out(run: Run, lists: list, positive: int, options: dict[str, Any]) ->
         run.leave_out_at_weight_1()
     choice = run.evaluation.choice
     uncond_alone = bool(others) and choice == Choice(weight=0) and not run.evaluation.branches
-    left_out = [positive] if uncond_alone else [] if choice.evaluated else others
+    evaluated = choice.evaluated or keeps_attention_of_uncond(run.guider.model_options)
+    left_out = [positive] if uncond_alone else [] if evaluated else others
     if run.evaluation.at_weight_1 and not others:
         run.count_saved(len(run.guider.conds) - 1, False)
-    run.count_saved(1 if uncond_alone else len(others), not uncond_alone and choice.evaluated)
+    run.count_saved(1 if uncond_alone else len(others), not uncond_alone and evaluated)
     return _Asked([None if i in left_out else conds for i, conds in enumerate(lists)], positive, others, uncond_alone)
 
 

@@ -56,6 +56,12 @@ def is_dual_cfg(guider: Any) -> bool:
     return any(cls.__name__ == "Guider_DualCFG" for cls in type(guider).__mro__)
 
 
+def keeps_attention_of_uncond(model_options: Mapping[str, Any]) -> bool:
+    """Whether a node on the model looks at the self-attention of D_u after every evaluation, as the host's Self-Attention Guidance does."""
+    replaced = model_options.get("transformer_options", {}).get("patches_replace", {}).get("attn1")
+    return bool(replaced and model_options.get("disable_cfg1_optimization"))
+
+
 def cfg_slot_owner(model_options: Mapping[str, Any]) -> str | None:
     """What has claimed the CFG slot of a model, by the name of its class or function; None if it is free."""
     function = model_options.get(CFG_SLOT)

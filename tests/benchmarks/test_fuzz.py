@@ -82,6 +82,13 @@ FOUND = {  # what random graphs found, each by itself
         latent=FOUR | {"batch": 3, "filled": False},
         sampling=("KSampler", {**EULER, "sampler_name": "sa_solver_pece", "scheduler": "ddim_uniform", "cfg": 1.0, "seed": 9}),
     ),
+    "no attention maps in the first step": lambda: graph(
+        [
+            ("SelfAttentionGuidance", {"scale": 0.5, "blur_sigma": 2.0}),
+            ("LodestarGuidanceInterval", {"start_percent": 0.2, "end_percent": 0.7}),
+        ],
+        sampling=("cfgpp", {**EULER, "solver": "euler", "lambda_": 0.6, "history": "unconditional", "repeated": False}),
+    ),
     "a latent that grows": lambda: graph(
         [("LodestarAPG", {"norm_threshold": 3.0})], sampling=("guider", {**WITH_GUIDER, "sampler_name": "SamplerLCMUpscale"})
     ),
