@@ -82,6 +82,13 @@ FOUND = {  # what random graphs found, each by itself
         latent=FOUR | {"batch": 3, "filled": False},
         sampling=("KSampler", {**EULER, "sampler_name": "sa_solver_pece", "scheduler": "ddim_uniform", "cfg": 1.0, "seed": 9}),
     ),
+    "a fit without uncond": lambda: graph(
+        [
+            ("CFGOverride", {"cfg": 1.0, "start_percent": 0.0, "end_percent": 0.6}),
+            ("LodestarLinearAG", {"coefficients": "@coefficients", "second_half": "cfg"}),
+        ],
+        sampling=("KSampler", {**EULER, "steps": 4}),
+    ),
     "no attention maps in the first step": lambda: graph(
         [
             ("SelfAttentionGuidance", {"scale": 0.5, "blur_sigma": 2.0}),

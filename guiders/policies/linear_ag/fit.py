@@ -64,7 +64,9 @@ class Recorder(Policy):
         return Choice()
 
     def observe(self, cond: Tensor | None, uncond: Tensor | None, x: Tensor, sigma: Tensor, step: Step) -> None:
-        """Once per step. Raises ValueError in the first step of a sampler that evaluates more often."""
+        """Once per step. Raises ValueError in the first step of a sampler that evaluates more often, and where a prediction is left out."""
+        if cond is None or uncond is None:
+            raise ValueError(f"{NAME} needs both predictions in every step; bypass the node on its model that leaves one out.")
         if not step.first:
             raise ValueError(f"{NAME} needs a sampler that evaluates the model once per step, such as euler, dpmpp_2m or ddim.")
         self.trajectory.add(score(x, cond, sigma), score(x, uncond, sigma))
