@@ -62,6 +62,11 @@ def keeps_attention_of_uncond(model_options: Mapping[str, Any]) -> bool:
     return bool(replaced and model_options.get("disable_cfg1_optimization"))
 
 
+def leaves_out_forward_passes(model_options: Mapping[str, Any]) -> bool:
+    """Whether the host's EasyCache is on the model, which guesses some forward passes from earlier ones."""
+    return "easycache" in model_options.get("transformer_options", {})
+
+
 def cfg_slot_owner(model_options: Mapping[str, Any]) -> str | None:
     """What has claimed the CFG slot of a model, by the name of its class or function; None if it is free."""
     function = model_options.get(CFG_SLOT)

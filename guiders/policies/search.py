@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..engine.attach import detach
+from ..engine.host import leaves_out_forward_passes
 from ..engine.plan import Rule
 from ..engine.schedule import solver_step
 from ..learning.checkpoints import checkpointed, checkpointed_call
@@ -91,9 +92,11 @@ class SearchSampler(comfy.samplers.Sampler):
 def search(runs: Runs, iterations: int, cost_weight: float) -> tuple[StepWeights, str]:
     """The policy found by Adam on the logits, one batch of fresh noise per iteration, and a table of how that went.
 
-    Raises ValueError as Runs.check and ``differentiable`` do.
+    Raises ValueError as Runs.check and ``differentiable`` do, and where EasyCache is on the model.
     """
     runs.check(1, excluded=Rule)
+    if leaves_out_forward_passes(runs.model.model_options):
+        raise ValueError(f"{NAME} needs every forward pass, and EasyCache leaves some out; bypass EasyCache on its model.")
     differentiable(runs.sampler, NAME)
     runs = replace(runs, model=detach(runs.model))
     steps, weights = len(runs.sigmas) - 1, options(runs.cfg)

@@ -104,6 +104,14 @@ FOUND = {  # what random graphs found, each by itself
         kind="mmdit",
         sampling=("KSampler", EULER),
     ),
+    "a search behind EasyCache": lambda: graph(
+        [
+            ("EasyCache", {"reuse_threshold": 3.0, "start_percent": 0.1, "end_percent": 0.95}),
+            ("LodestarGuidancePolicy", {"policy": "@policy"}),
+        ],
+        kind="flux",
+        sampling=("KSampler", {**EULER, "scheduler": "sgm_uniform", "steps": 2}),
+    ),
     "a layer that there is not": lambda: graph([("LodestarPAG", {"layers": "double:99"})]),
 }
 

@@ -31,20 +31,25 @@ def attach_node(model, weak_model, scale=2.0):
 # --- loading ---------------------------------------------------------------------------------------------------------
 
 
+def in_memory():
+    """Ids of the models that the host has loaded. Among them may be some whose patcher is gone, left by other tests."""
+    return {id(entry.real_model()) for entry in comfy.model_management.current_loaded_models}
+
+
 def test_the_host_loads_both_models_together():
     model, weak = tiny("unet"), tiny("unet", seed=7)
-    loaded = []
+    both, loaded = {id(model.model), id(weak.model)}, []
 
     def note(executor, *args, **kwargs):
-        loaded.append([entry.model.model for entry in comfy.model_management.current_loaded_models])
+        loaded.append(in_memory())
         return executor(*args, **kwargs)
 
     main = tools.with_wrapper(guided(model, Autoguidance(weak_model=weak)), WrappersMP.SAMPLER_SAMPLE, note)
     comfy.model_management.unload_all_models()
     run(main)
-    assert {id(m) for m in loaded[0]} >= {id(model.model), id(weak.model)}
+    assert loaded[0] >= both
     comfy.model_management.unload_all_models()
-    assert comfy.model_management.current_loaded_models == []
+    assert not in_memory() & both
     assert torch.equal(run(main), run(main))
 
 
@@ -246,7 +251,7 @@ def test_weights_are_copied_once_for_all_scales_and_freed_with_the_weak_model():
     del both, other
     gc.collect()
     assert own_model(attach_node(main, weak, scale=1.5)) is copied()
-    assert [entry.model.model for entry in comfy.model_management.current_loaded_models if entry.real_model() is copied()] == [copied()]
+    assert [entry.real_model() is copied() for entry in comfy.model_management.current_loaded_models].count(True) == 1
     del weak
     gc.collect()
     assert copied() is None

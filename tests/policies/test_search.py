@@ -204,6 +204,14 @@ def test_a_model_with_other_guidance_is_refused():
         search(runs(model, cfg=1.0), 1, 0.1)
 
 
+def test_easycache_is_refused():
+    from comfy_extras.nodes_easycache import EasyCacheNode
+
+    cached = EasyCacheNode.execute(tools.tiny("unet"), 0.3, 0.15, 0.95, False).result[0]
+    with pytest.raises(ValueError, match="needs every forward pass, and EasyCache leaves some out; bypass EasyCache"):
+        search(runs(cached), 1, 0.1)
+
+
 def test_what_is_searched_is_what_is_sampled():
     """With certain logits, the search's own run is the policy's run on the host."""
     model, weights = tools.tiny("unet"), (12.0, 6.0, 1.0, 0.0)
