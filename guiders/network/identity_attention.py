@@ -142,7 +142,7 @@ class _ReplacedAttention:
         """Raise ValueError where the queries' tokens are not those of the values: V would have no effect, or be of another shape."""
         other = " and ".join(dict.fromkeys(self.before)) or "another node"
         raise ValueError(
-            f"Perturbed-Attention Guidance (PAG) and {other} do not go together in the layer {listing((self.layer,))}: its queries were "
+            f"PAG (Perturbed-Attention Guidance) and {other} do not go together in the layer {listing((self.layer,))}: its queries were "
             f"divided or merged and its values were not; perturb other layers, or bypass {other}."
         )
 
