@@ -29,7 +29,7 @@ def refuse_queries(layer: Layer, before: Sequence[str]) -> NoReturn:
     """
     other = " and ".join(dict.fromkeys(before)) or "another node"
     raise ValueError(
-        f"Perturbed-Attention Guidance (PAG) and {other} do not go together in the layer {listing((layer,))}: its queries were "
+        f"PAG (Perturbed-Attention Guidance) and {other} do not go together in the layer {listing((layer,))}: its queries were "
         f"divided or merged and its values were not; perturb other layers, or bypass {other}."
     )
 
@@ -143,7 +143,7 @@ class OverriddenAttention:
             forward = with_attention(forward, self)
             if forward is None:
                 raise ValueError(
-                    f"Perturbed-Attention Guidance (PAG) does not reach the layer {listing((layer,))}: another node has replaced its "
+                    f"PAG (Perturbed-Attention Guidance) does not reach the layer {listing((layer,))}: another node has replaced its "
                     "attention; perturb other layers, or bypass that node."
                 )
         return lambda *args, **kwargs: self._inside(self._begun(layer), partial(forward, *args, **kwargs))

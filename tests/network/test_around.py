@@ -103,7 +103,7 @@ def test_attention_that_another_pack_replaced_is_refused(host):
     attention = case.network.blocks[1].attn
     own = type(attention).forward
     attention.forward = lambda *args, **kwargs: own(attention, *args, **kwargs)
-    with pytest.raises(ValueError, match=r"^Perturbed-Attention Guidance \(PAG\) does not reach the layer double:1: another node has "):
+    with pytest.raises(ValueError, match=r"^PAG \(Perturbed-Attention Guidance\) does not reach the layer double:1: another node has "):
         case.perturbed(case.rule("double:1"), [False, True, False])
     assert with_attention(Double().forward, print) is None
 

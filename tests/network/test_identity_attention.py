@@ -166,7 +166,7 @@ def test_queries_that_are_not_the_values_are_refused(shape, host):
 
     assert called(False, **options).shape == q.shape
     name = "test_queries_that_are_not_the_values_are_refused"
-    sentence = rf"^Perturbed-Attention Guidance \(PAG\) and {name} do not go together in the layer middle:0.1: [^\n]*"
+    sentence = rf"^PAG \(Perturbed-Attention Guidance\) and {name} do not go together in the layer middle:0.1: [^\n]*"
     with pytest.raises(ValueError, match=sentence):
         called(True, **options)
     with pytest.raises(ValueError, match="bypass another node"):

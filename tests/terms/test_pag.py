@@ -227,7 +227,7 @@ def test_nodes_that_change_the_queries_alone_are_refused(host, patched, owner, f
     rule = PAG(perturbation=IdentityAttention(layers), scale=2.0)
     model = tools.tiny("unet")
     model = tools.guided(patched(model), rule) if first else patched(tools.guided(model, rule))
-    with pytest.raises(ValueError, match=rf"^Perturbed-Attention Guidance \(PAG\) and {owner} do not go together in the layer input:1: "):
+    with pytest.raises(ValueError, match=rf"^PAG \(Perturbed-Attention Guidance\) and {owner} do not go together in the layer input:1: "):
         tools.sample(model, steps=2)
     neutral = tools.guided(patched(tools.tiny("unet")), PAG(perturbation=IdentityAttention(layers), scale=0.0))
     torch.manual_seed(0)
