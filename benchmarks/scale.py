@@ -161,7 +161,7 @@ def flops_of_row(name: str, width: int, height: int) -> int:
     context = torch.empty(1, TEXT[name], shape.context, device="meta")
     pooled = torch.empty(1, shape.pooled, device="meta")
     with counted_flops() as counter, torch.inference_mode():
-        options = {"optimized_attention_override": _attention}
+        options = {"optimized_attention_override": meta_attention}
         _meta_network(name)(*inputs, context=context, y=pooled, transformer_options=options)
     return counter.get_total_flops()
 
@@ -188,7 +188,7 @@ def _meta_network(name: str) -> torch.nn.Module:
     return config.get_model({}, device=torch.device("meta")).diffusion_model.eval()
 
 
-def _attention(func: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
+def meta_attention(func: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
     """The host's attention as one kernel that the counter knows: q [B, N, H*d] or [B, N, H, d] -> [B, N, H*d]."""
     if not kwargs.get("skip_reshape"):
         q, k, v = (x.reshape(len(x), x.shape[1], heads, -1).transpose(1, 2) for x in (q, k, v))

@@ -16,6 +16,8 @@ Wrappers, additional models (on a ModelPatcher):
                 The APPLY_MODEL wrapper writes; FreCaS's maps read
     SHARED      the Chunks of a call of the model, some of which are equal until a variant's change. The APPLY_MODEL wrapper writes; the
                 innermost one reads
+    AROUND      what has to be put around modules of the network for this forward pass: functions of the network that give a context
+                manager. Perturbed attention writes; the APPLY_MODEL wrapper enters them
     CHUNKS      in a part of a module's or an attention call: which chunks of the forward pass it has. Perturbed attention and shared
                 beginnings write; perturbed attention and the maps read
 
@@ -41,6 +43,7 @@ TELEMETRY = "lodestar_telemetry"
 LABELS = "lodestar_labels"
 NARROWED = "lodestar_narrowed"
 SHARED = "lodestar_shared"
+AROUND = "lodestar_around"
 CHUNKS = "lodestar_chunks"
 
 OWN_WEIGHTS = "lodestar_own_weights"

@@ -48,7 +48,6 @@ class Run:
         self.flow = is_flow(self.model_sampling)
         self.reads_uncond = False  # whether the sampler's own steps use D_u
         self.updates = [Quantity(name, "update") for name in _numbered([rule.name for rule in plan.rules])]
-        self.labels = _numbered([rule.short for rule in plan.rules])
         self.windows = [window(self.model_sampling, rule.start_percent, rule.end_percent) for rule in plan.rules]
         self.position = Position(self.sigmas)
         self.memories: dict[int, dict[str, Any]] = {}
@@ -79,6 +78,11 @@ class Run:
     def policies(self) -> list[tuple[int, Policy]]:
         """Active policies with their index in the plan."""
         return self.plan.active(Policy)
+
+    @cached_property
+    def labels(self) -> list[str]:
+        """Short names of the active terms, in their order."""
+        return _numbered([term.short for _, term in self.terms])
 
     # --- one evaluation after the other ---
 
@@ -149,9 +153,9 @@ class Run:
         step = self.evaluation.index
         with self._counting:
             self.log.unshared = self.log.unshared or whose
-            for index, term in self.terms:
+            for (_, term), name in zip(self.terms, self.labels, strict=True):
                 for share in (of_branch[branch] for branch in term.branches if branch in of_branch):
-                    self.log.shares.setdefault(self.labels[index], {}).setdefault(step, share)
+                    self.log.shares.setdefault(name, {}).setdefault(step, share)
 
     def record(self, quantity: Quantity, values: Tensor) -> None:
         """Keep a curve's value [B] for this step; it stays on the device until the run ends."""

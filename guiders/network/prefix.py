@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..engine.host import owner_of
 from ..engine.sharing import Chunks
 from .calls import narrowed
-from .layers import UNET, Architecture, Layer
+from .layers import UNET, Architecture, Layer, blocks_of
 from .work import Work
 
 Layout = tuple[int, ...]
@@ -64,9 +64,12 @@ def parts_before(network: Any, layer: Layer) -> list[Part]:
 
 def _parts(network: Any, architecture: Architecture) -> Iterator[Part]:
     for stack, attribute in architecture.stacks:
-        blocks = getattr(network, attribute)
-        for i, block in enumerate([blocks] if architecture is UNET and stack == "middle" else blocks):
-            modules = list(block or ()) if architecture is UNET else [block]
+        if architecture is UNET:
+            blocks = getattr(network, attribute)
+            blocks = [list(block or ()) for block in ([blocks] if stack == "middle" else blocks)]
+        else:
+            blocks = [[block] for block in blocks_of(network, architecture, stack)]
+        for i, modules in enumerate(blocks):
             yield from (Part(module, (stack, i), module is modules[-1]) for module in modules)
 
 
@@ -92,7 +95,7 @@ def _deep(depth: int | None) -> float:
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
-class _Unknown(Exception):
+class UnknownRows(Exception):
     """A module is given something whose rows cannot be told."""
 
 
@@ -105,7 +108,7 @@ class Rows:
         self._pieces: dict[tuple[Layout, Layout], list[tuple[int, int]]] = {}
 
     def moved(self, value: Any, layout: Layout, strict: bool = False) -> Any:
-        """``value``, which may nest tensors, in this layout. ``strict``: _Unknown for anything that may have rows and cannot be told."""
+        """``value``, which may nest tensors, in this layout. ``strict``: UnknownRows for anything that may have rows and cannot be told."""
         again = partial(self.moved, layout=layout, strict=strict)
         if isinstance(value, Tensor):
             return self._tensor(value, layout, strict)
@@ -121,7 +124,7 @@ class Rows:
         if is_dataclass(value) and not isinstance(value, type):
             return replace(value, **{field.name: again(getattr(value, field.name)) for field in fields(value) if field.init})
         if strict:
-            raise _Unknown
+            raise UnknownRows
         return value
 
     def _tensor(self, x: Tensor, layout: Layout, strict: bool) -> Tensor:
@@ -129,7 +132,7 @@ class Rows:
             return x
         have = self.layouts.get(len(x))
         if have is None and strict and len(x) != 1:
-            raise _Unknown
+            raise UnknownRows
         if have is None or have == layout or (have != self.full and x.ndim < _HIDDEN):
             return x
         pieces = self._pieces.get((have, layout))
@@ -207,7 +210,7 @@ class Sharing:
         """What a module is given, with the rows that its part has; all of them where something's rows cannot be told."""
         try:
             moved, layout = self.rows.moved((args, kwargs), self.layouts[number], strict=True), self.layouts[number]
-        except _Unknown:
+        except UnknownRows:
             moved, layout = self.rows.moved((args, kwargs), self.rows.full), self.rows.full
         if self.work is not None:
             self.work.enter(number if layout != self.rows.full else None, len(set(layout)))
