@@ -29,7 +29,13 @@ from .work import Work
 
 Layout = tuple[int, ...]
 
-# Networks whose blocks take each other's results without anything of the host's between them that counts rows. Subclasses may differ.
+# Class names of the host. Networks whose blocks take tensors that have their rows first, or no rows, and give such; with subclasses.
+BY_BLOCK = {
+    "StageC", "StageB", "MageFlowTransformer2DModel", "LensTransformer2DModel", "JoyImageTransformer3DModel",
+    "HiDreamImageTransformer2DModel", "OmniGen2Transformer2DModel", "BooguTransformer2DModel", "Ideogram4Transformer2DModel",
+    "ErnieImageModel",
+}  # fmt: skip
+# Those whose blocks, besides, take each other's results with nothing between them that counts rows. Subclasses may have that.
 CHAINED = {
     "UNetModel", "OpenAISignatureMMDITWrapper", "Flux", "Chroma", "HunyuanVideo", "QwenImageTransformer2DModel", "WanModel", "LTXVModel",
     "Kandinsky5", "MMDiT", "NextDiT", "SingleStreamDiT", "MiniTrainDIT",
@@ -53,8 +59,13 @@ class Part:
 
 
 def parts_before(network: Any, layer: Layer) -> list[Part]:
-    """The modules before the block of a layer, in their order; in a UNet's block also those before its transformer."""
-    before = []
+    """The modules before the block of a layer, in their order; in a UNet's block also those before its transformer.
+
+    None, too, of a network whose blocks are given something else than rows.
+    """
+    before: list[Part] = []
+    if not any(cls.__name__ in CHAINED | BY_BLOCK for cls in type(network).__mro__):
+        return before
     for part in _parts(network, layer.architecture):
         if part.place == (layer.stack, layer.block) and (layer.architecture is not UNET or hasattr(part.module, "transformer_blocks")):
             break
