@@ -64,6 +64,7 @@ def evaluation(name: str) -> int:
     return _flops(name, 1, {})
 
 
+@cache
 def cfg_with_pag(name: str, layers: str, shared: bool = True) -> float:
     """A step of CFG with PAG in these layers, in evaluations."""
     network = _network(name)

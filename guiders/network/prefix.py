@@ -11,6 +11,7 @@ chunk 2 has the same as chunk 1; (0, 1, 2) is everything.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -58,14 +59,15 @@ class Part:
     ends: bool
 
 
-def parts_before(network: Any, layer: Layer) -> list[Part]:
-    """The modules before the block of a layer, in their order; in a UNet's block also those before its transformer.
+def parts_before(network: Any, layers: Sequence[Layer]) -> list[Part]:
+    """The modules before the block of the first of the layers, in their order; in a UNet's block also those before its transformer.
 
     None, too, of a network whose blocks are given something else than rows.
     """
     before: list[Part] = []
-    if not any(cls.__name__ in CHAINED | BY_BLOCK for cls in type(network).__mro__):
+    if not layers or not any(cls.__name__ in CHAINED or cls.__name__ in BY_BLOCK for cls in type(network).__mro__):
         return before
+    layer = layers[0]
     for part in _parts(network, layer.architecture):
         if part.place == (layer.stack, layer.block) and (layer.architecture is not UNET or hasattr(part.module, "transformer_blocks")):
             break
@@ -176,7 +178,7 @@ class Sharing:
     def __init__(self, network: Any, chunks: Chunks, options: dict[str, Any], control: bool, measured: bool) -> None:
         """control: whether residuals are added between blocks."""
         network = getattr(network, "_orig_mod", network)  # compiled by torch
-        before = [variant and parts_before(network, variant.layers[0]) for variant in chunks.variants]
+        before = [variant and parts_before(network, variant.layers) for variant in chunks.variants]
         self.layouts = layouts_of([None if parts is None else len(parts) for parts in before], chunks.names)
         self.parts = max((parts for parts in before if parts is not None), key=len)[: len(self.layouts)]
         self.options, self.network = options, network
@@ -185,7 +187,7 @@ class Sharing:
         self.chained = not control and is_chained(network)
         self.rows = Rows(chunks.size, len(chunks.names), self.layouts)
         self.work = Work() if measured and self.parts and not self.foreign else None
-        self._left = ExitStack()
+        self._left, self._thread = ExitStack(), threading.get_ident()
         if self.foreign:
             self.parts = []
         if self.chained and ("input", 0) in places:
@@ -217,8 +219,10 @@ class Sharing:
         """Take the hooks off again."""
         self._left.close()
 
-    def _before(self, number: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def _before(self, number: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """What a module is given, with the rows that its part has; all of them where something's rows cannot be told."""
+        if threading.get_ident() != self._thread:  # another forward pass
+            return None
         try:
             moved, layout = self.rows.moved((args, kwargs), self.layouts[number], strict=True), self.layouts[number]
         except UnknownRows:
@@ -229,6 +233,8 @@ class Sharing:
 
     def _after(self, number: int, module: nn.Module, args: tuple, out: Any) -> Any:
         """A module's result, with the rows that come next."""
+        if threading.get_ident() != self._thread:
+            return out
         goes_on = number + 1 < len(self.parts) and (self.chained or not self.parts[number].ends)
         layout = self.layouts[number + 1] if goes_on else self.rows.full
         if self.work is not None:
