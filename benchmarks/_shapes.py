@@ -77,6 +77,23 @@ def cfg_with_pag(name: str, layers: str, shared: bool = True) -> float:
         return _flops(name, 3, sharing.options) / evaluation(name)
 
 
+def table() -> str:
+    """CFG with PAG by every network, in evaluations, in Markdown. APG adds none."""
+    lines = ["| CFG + PAG, with APG or without | pixels | PAG in | FLOPs | of it PAG | nothing shared |", "|---|---|---|---|---|---|"]
+    for name, layers in LAYERS.items():
+        for layer in layers:
+            shared, unshared = (cfg_with_pag(name, layer, shared) for shared in (True, False))
+            pixels = SHAPES[name].pixels
+            lines.append(f"| a network of {name}'s shape | {pixels} | `{layer}` | {shared:.2f} | {shared - 2:.2f} | {unshared:.2f} |")
+    return "\n".join(lines)
+
+
+def sentence() -> str:
+    """For the README: what PAG costs on them."""
+    costs = ", ".join(f"{cfg_with_pag(name, layers[0]) - 2:.2f} by {name}'s" for name, layers in LAYERS.items())
+    return f"What comes before PAG's layers is computed once. So PAG costs less than an evaluation: by a network of a shape like {costs}."
+
+
 @cache
 def _network(name: str) -> torch.nn.Module:
     shape = SHAPES[name]

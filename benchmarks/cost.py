@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from lodestar.benchmarks import _results, _shapes
 from lodestar.benchmarks._flops import counted_flops
-from lodestar.benchmarks._sampling import empty
+from lodestar.benchmarks._sampling import conditioning, empty
 from lodestar.demo import models
 from lodestar.guiders.cfgpp.sampler import cfgpp_sampler
 from lodestar.guiders.learning.recognition import setting_of
@@ -195,11 +195,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         tables.append(table(model, found[model], args.steps))
         print(f"\n{tables[-1]}")
     if "shapes" in args.models:
-        tables.append(table_of_shapes())
+        tables.append(_shapes.table())
         print(f"\n{tables[-1]}")
     if write:
         _results.write(_results.RESULTS, "cost", "\n\n".join(tables))
-        _results.write(_results.README, "cost", f"{short_table(found)}\n\n{sentence()}")
+        _results.write(_results.README, "cost", f"{short_table(found)}\n\n{_shapes.sentence()}")
     return 0
 
 
@@ -260,12 +260,6 @@ def sample(guider: Any, sigmas: torch.Tensor, sampler: Any, batch: int) -> torch
     return guider.sample(noise, latent, sampler, sigmas, disable_pbar=True, seed=SEED)
 
 
-def conditioning(text: str) -> list:
-    """A CONDITIONING for the demo models."""
-    clip = models.load_clip()
-    return clip.encode_from_tokens_scheduled(clip.tokenize(text))
-
-
 def table(model: str, counts: dict[str, Count], steps: int) -> str:
     """One line for each method, in Markdown."""
     names = list(counts)
@@ -292,23 +286,6 @@ def short_table(found: dict[str, dict[str, Count]]) -> str:
         work = "".join(f" {count.flops / plain.flops:.0%} |" for count, plain in pairs)
         lines.append(f"| {label} | {evaluations} |{work}")
     return "\n".join(lines)
-
-
-def table_of_shapes() -> str:
-    """CFG with PAG by large networks, in evaluations, in Markdown. APG adds none."""
-    lines = ["| CFG + PAG, with APG or without | pixels | PAG in | FLOPs | of it PAG | nothing shared |", "|---|---|---|---|---|---|"]
-    for name, layers in _shapes.LAYERS.items():
-        for layer in layers:
-            shared, unshared = (_shapes.cfg_with_pag(name, layer, shared) for shared in (True, False))
-            pixels = _shapes.SHAPES[name].pixels
-            lines.append(f"| a network of {name}'s shape | {pixels} | `{layer}` | {shared:.2f} | {shared - 2:.2f} | {unshared:.2f} |")
-    return "\n".join(lines)
-
-
-def sentence() -> str:
-    """For the README: what PAG costs on large networks."""
-    costs = ", ".join(f"{_shapes.cfg_with_pag(name, layers[0]) - 2:.2f} by {name}'s" for name, layers in _shapes.LAYERS.items())
-    return f"What comes before PAG's layers is computed once. So PAG costs less than an evaluation: by a network of a shape like {costs}."
 
 
 def remark(name: str, counts: dict[str, Count]) -> str:
