@@ -55,7 +55,7 @@ function drawWords(pen, width, run, curve, palette) {
   const [first, second] = [PAD + LINE / 2 - 1, PAD + LINE * 1.5 - 1];
   const room = width - 2 * PAD;
   pen.font = FONTS.verdict;
-  const whole = [verdict, saved].filter(Boolean).join(", ");
+  const whole = [verdict, saved].filter(Boolean).join(say("comma"));
   const fits = pen.measureText(whole).width <= room;
   label(pen, fits ? whole : verdict, PAD, first, "left", "middle", palette.ink, room);
   pen.font = FONTS.line;

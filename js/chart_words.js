@@ -59,7 +59,7 @@ export function words(run, curve) {
  */
 export function describe(run, curve) {
   const { verdict, saved, value, progress, cost } = words(run, curve);
-  return [verdict, saved, ...value.map(({ text }) => text), progress, cost].filter(Boolean).join(", ");
+  return [verdict, saved, ...value.map(({ text }) => text), progress, cost].filter(Boolean).join(say("comma"));
 }
 
 /** What the numbers of a chart are. @param {NodeCurve} curve */
@@ -143,7 +143,7 @@ function lastValue(curve) {
 /** @param {RunMessage} run */
 function progress(run) {
   const at = say(`unit_${run.unit}`, { at: run.step, all: run.steps });
-  return run.stages ? `${say("unit_stage", { at: run.stage + 1, all: run.stages.length })}, ${at}` : at;
+  return run.stages ? `${say("unit_stage", { at: run.stage + 1, all: run.stages.length })}${say("comma")}${at}` : at;
 }
 
 /** @param {Point[]} points @returns {number[]} */

@@ -11,7 +11,7 @@ import { describe, explain } from "./chart_words.js";
  */
 
 const WIDGET = "lodestar_chart";
-const HEIGHT = 84;
+const HEIGHT = 92;
 const MARGIN = 6;
 const LIGHT = { curve: "#1f5fa8", mark: "#b3261e", bar: "#8aa0b8" };
 const DARK = { curve: "#74b6f5", mark: "#ff8f85", bar: "#61788f" };

@@ -178,7 +178,8 @@ def test_an_inversion_and_the_sampler_that_follows(url):
         "32": {
             "class_type": "SamplerCustom",
             "inputs": {
-                **both, "add_noise": False, "noise_seed": 0, "cfg": 1.0, "sampler": ["31", 0], "sigmas": ["30", 1], "latent_image": ["30", 0],
+                **both, "add_noise": False, "noise_seed": 0, "cfg": 1.0, "sampler": ["31", 0], "sigmas": ["30", 1],
+                "latent_image": ["30", 0],
             },
         },
         "33": {"class_type": "PreviewAny", "inputs": {"source": ["32", 0]}},

@@ -74,7 +74,6 @@ class Gram:
         error = total - 2 * beta @ self.matrix[index, target] + beta @ self.matrix[index][:, index] @ beta
         return float(1 - error / total)
 
-
     def residual(self) -> float:
         """1 - R^2, mean over the replaced steps, of the coefficients that the trajectories so far lead to."""
         if not torch.isfinite(self.matrix).all():
