@@ -16,7 +16,7 @@ CATEGORY = "lodestar/sampling"
 
 def lambda_input(tooltip: str) -> io.Float.Input:
     """The weight of CFG++."""
-    return io.Float.Input("lambda_", default=0.6, min=0.0, max=LARGEST_LAMBDA, step=0.01, tooltip=tooltip)
+    return io.Float.Input("lambda_", display_name="lambda", default=0.6, min=0.0, max=LARGEST_LAMBDA, step=0.01, tooltip=tooltip)
 
 
 class LodestarCFGPP(io.ComfyNode):
@@ -74,7 +74,7 @@ class LodestarCFGPPInvert(io.ComfyNode):
             category=CATEGORY,
             description="Finds the noise from which the CFG++ sampler makes a given picture again, or, with another prompt, an edited one. "
             "Costs what sampling costs.",
-            search_aliases=["ddim inversion", "unsampler", "invert", "edit", "noise from image", "cfg++"],
+            search_aliases=["cfg++", "ddim inversion", "invert", "edit", "noise from image"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that will sample, with all that guides it."),
                 io.Conditioning.Input("positive", tooltip="What the picture shows."),

@@ -48,7 +48,7 @@ class LodestarFreCaS(io.ComfyNode):
             category=CATEGORY,
             description="Pictures larger than the model was trained for, in a fraction of the time and without repeated objects: "
             "sampled in stages of growing size, detail last.",
-            search_aliases=["frecas", "high resolution", "hires fix", "upscale", "2k", "4k", "cascade", "ksampler"],
+            search_aliases=["frecas", "high resolution", "hires fix", "upscale", "2k", "4k", "cascade"],
             inputs=[
                 io.Model.Input("model", tooltip="The model. Guidance nodes on it work in every stage."),
                 io.Conditioning.Input("positive", tooltip="What to show. Areas in pixels are those of the first stage."),

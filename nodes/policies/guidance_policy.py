@@ -29,7 +29,7 @@ class LodestarPolicySearch(io.ComfyNode):
             category=CATEGORY,
             description="Finds, by gradient descent through the sampler, which steps need CFG and how strong: close to the CFG result with "
             "fewer evaluations. Takes about ten times as long per image as sampling.",
-            search_aliases=["policy", "schedule search", "adaptive guidance", "nas", "dynamic cfg"],
+            search_aliases=["policy", "schedule search", "nas", "cfg per step"],
             is_input_list=True,
             inputs=[
                 *run_inputs(),
@@ -70,7 +70,7 @@ class LodestarGuidancePolicy(io.ComfyNode):
             node_id="LodestarGuidancePolicy",
             description="Samples with a policy: at every step the conditional prediction, the unconditional one, or CFG at a weight of its "
             "own. Only what a step uses is evaluated.",
-            search_aliases=["policy", "cfg schedule", "dynamic cfg", "adaptive guidance", "speed"],
+            search_aliases=["policy", "cfg schedule", "cfg per step", "speed"],
             inputs=[PolicyType.Input("policy", tooltip="From Guidance policy search or Guidance policy: load.")],
         )
 

@@ -125,7 +125,7 @@ def test_found_by_random_graphs(fuzz, name):
 def test_refusals_are_told_apart(fuzz):
     two = (("LodestarAdaptiveGuidance", {}), ("LodestarAdaptiveGuidance", {}))
     refused = fuzz.outcome(graph(two))
-    assert refused.kind == fuzz.REFUSED and refused.text.startswith("Adaptive Guidance (AG) and Adaptive Guidance (AG) both decide")
+    assert refused.kind == fuzz.REFUSED and refused.text.startswith("AG (Adaptive Guidance) and AG (Adaptive Guidance) both decide")
     by_host = fuzz.outcome(graph((("LodestarAPG", {}), ("TemporalScoreRescaling", {}))))  # it knows one image at a time
     assert by_host.kind == fuzz.HOST and "ambiguous" in by_host.text
 

@@ -125,7 +125,7 @@ def test_messages_lead_up_to_the_log(listener):
     log = log_of(main)
     assert (last["step"], last["steps"], last["nfe"], last["saved"]) == (6, 6, log.nfe, 0)
     assert set(last["nodes"]) == {"1", "2"}  # the third one is neutral
-    for node, name in (("1", APG.name), ("2", "Perturbed-Attention Guidance (PAG)")):
+    for node, name in (("1", APG.name), ("2", "PAG (Perturbed-Attention Guidance)")):
         curve = last["nodes"][node]
         assert (curve["curve"], curve["kind"]) == (name, "update") and "switch" not in curve
         assert curve["role"] == ("shaper" if node == "1" else "term")

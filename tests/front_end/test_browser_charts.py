@@ -166,7 +166,7 @@ def test_a_wrong_layer_is_shown_at_the_node_that_has_it(another_page, shots):
     page.get_by_test_id("queue-button").click()
     page.wait_for_function("() => ended.length")
     assert page.evaluate("() => ended[0]") == ["execution_error", str(pag["id"])]
-    page.get_by_text("Perturbed-Attention Guidance (PAG) failed").wait_for()
+    page.get_by_text("PAG (Perturbed-Attention Guidance) failed").wait_for()
     page.screenshot(path=shots / "wrong_layer.png")
     page.get_by_text("View details").click()
     page.get_by_text("no self-attention layer 'middel'; it has").first.wait_for()
