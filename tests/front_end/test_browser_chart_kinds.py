@@ -131,7 +131,6 @@ def shaper(values, plain) -> dict:
     ],
 )  # fmt: skip
 def test_words(page, told, begins):
-    show(page, [next(iter(EVERY.values()))])
     assert words(page, told).startswith(begins)
 
 
@@ -206,7 +205,6 @@ def ink(page, told: dict, width: int) -> dict:
 
 @pytest.mark.parametrize("width", [190, 330])
 def test_no_label_lies_on_a_curve_or_on_another(page, width):
-    show(page, [next(iter(EVERY.values()))])
     for name, (_, told, _) in EVERY.items():
         drawn = ink(page, told, width)
         assert drawn["count"] >= 5, name
