@@ -127,8 +127,10 @@ class OverriddenAttention:
         self.block = block
         try:
             out = run()
+            if any(self.perturbed) and not block.asked:
+                refuse_replaced(block.layer)
             if any(self.perturbed) and not block.complete:
-                refuse_queries(block.layer, self.before) if block.asked else refuse_replaced(block.layer)
+                refuse_queries(block.layer, self.before)
             return out
         finally:
             self.block = None
