@@ -90,8 +90,8 @@ def table() -> str:
 
 def sentence() -> str:
     """For the README: what PAG costs on them."""
-    costs = ", ".join(f"{cfg_with_pag(name, layers[0]) - 2:.2f} by {name}'s" for name, layers in LAYERS.items())
-    return f"What comes before PAG's layers is computed once. So PAG costs less than an evaluation: by a network of a shape like {costs}."
+    costs = ", ".join(f"{cfg_with_pag(name, layers[0]) - 2:.2f} in a network of {name}'s shape" for name, layers in LAYERS.items())
+    return f"What comes before PAG's layers is computed once. So PAG costs less than an evaluation: {costs}."
 
 
 @cache
