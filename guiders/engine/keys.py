@@ -3,6 +3,7 @@
 Wrappers, additional models (on a ModelPatcher):
     LODESTAR    the engine's wrappers, and the weak models of its terms. attach writes, detach removes
     MAPS        the wrappers of FreCaS's maps
+    WINDOWS     the wrapper of FreCaS's windows
     TIMER       the wrapper by which Compare Guidance takes the time
 
 ``transformer_options``:
@@ -13,6 +14,7 @@ Wrappers, additional models (on a ModelPatcher):
                 us. Written around apply_model; the APPLY_MODEL wrapper reads
     NARROWED    in a part of a call: which rows of its chunks it has (None: all), and the uuids that the chunks have in the whole call.
                 The APPLY_MODEL wrapper writes; FreCaS's maps read
+    WINDOWS     the windows of one layer. FreCaS's windows write around its self-attention; their attention override reads
     CHUNKS      in a part of an attention call: which chunks of the forward pass it has. Perturbed attention writes; it and the maps read
 
 Attribute of a MODEL:
@@ -29,6 +31,7 @@ from typing import Any
 
 LODESTAR = "lodestar"
 MAPS = "lodestar maps"
+WINDOWS = "lodestar windows"
 TIMER = "lodestar_timer"
 
 PLAN = "lodestar_plan"
