@@ -14,7 +14,7 @@ Wrappers, additional models (on a ModelPatcher):
                 us. Written around apply_model; the APPLY_MODEL wrapper reads
     NARROWED    in a part of a call: which rows of its chunks it has (None: all), and the uuids that the chunks have in the whole call.
                 The APPLY_MODEL wrapper writes; FreCaS's maps read
-    WINDOWS     the windows of one layer. FreCaS's windows write around its self-attention; their attention override reads
+    WINDOWS     the windows of self-attention. The wrapper of FreCaS's windows writes (in a UNet within its layers); their override reads
     CHUNKS      in a part of an attention call: which chunks of the forward pass it has. Perturbed attention writes; it and the maps read
 
 Attribute of a MODEL:

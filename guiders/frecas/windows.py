@@ -3,10 +3,10 @@
 A token of the picture attends to those in its own window and, where text and picture share one attention (SD3), to the whole text.
 The text attends to everything: it has few queries, so that there is next to nothing to save, and what it gathers stays whole.
 
-A window is a share of the picture, so that all levels of a network have the same ones. From layer to layer, and from step to step,
-they shift by half a window: what was a border is the middle of a window in the next layer, and in the same layer of the next step.
-They do so around their even places, a quarter to either side, so that there are as many at any time and the outer ones are never small:
-tokens that see few others come out different, and their window shows. Nothing is padded, rolled or masked.
+A window is a share of the picture, so that all levels of a network have the same ones. From step to step they shift by half a window:
+what was a border is the middle of a window in the next step. They do so around their even places, a quarter to either side, so that
+there are as many at any time and the outer ones are never small: tokens that see few others come out different, and their window shows.
+(So it did on the demo transformer, and where every other layer was shifted.) Nothing is padded, rolled or masked.
 
 Nothing here changes a module or a model. The attention override lies below all that replaces attention in a layer (perturbed
 attention, maps, other packs' nodes) and acts where such a replacement calls the host's attention. A layer whose tokens are not those of
@@ -46,10 +46,6 @@ class Windows:
     down: int
     shifted: bool
     size: tuple[int, int] | None = None
-
-    def in_layer(self, number: int) -> Windows:
-        """Those of the forward pass's first layer, or of every other one, as they lie in a layer."""
-        return replace(self, shifted=self.shifted != bool(number % 2))
 
     def boxes(self) -> list[tuple[slice, slice]]:
         """Each window's rows and columns of tokens."""
@@ -126,31 +122,14 @@ def _apply_model(network: Any, across: int, down: int, executor: Any, x: Tensor,
 
 def windowed(network: Any, windows: Windows, options: dict[str, Any], x: Tensor) -> dict[str, Any]:
     """The options of one forward pass on x [B, C, h, w], for an attention override that is a ``WindowedAttention``."""
-    replaced = {kind: dict(of_kind) for kind, of_kind in options.get("patches_replace", {}).items()}
     patch = joint_patch_size(network)
     if patch:
-        windows = replace(windows, size=tuple(-(-side // patch) for side in x.shape[-2:]))
-        dit = replaced.setdefault("dit", {})
-        for i in range(len(network.joint_blocks)):
-            dit["double_block", i] = _JointBlock(windows.in_layer(i), dit.get(("double_block", i)))
-    else:
-        attn1 = replaced.setdefault("attn1", {})
-        for i, block in enumerate(cross_attention_blocks(network)):
-            attn1[block] = _SelfAttention(windows.in_layer(i), attn1.get(block, attn1.get(block[:2])))
+        return options | {WINDOWS: replace(windows, size=tuple(-(-side // patch) for side in x.shape[-2:]))}
+    replaced = {kind: dict(of_kind) for kind, of_kind in options.get("patches_replace", {}).items()}
+    attn1 = replaced.setdefault("attn1", {})
+    for block in cross_attention_blocks(network):
+        attn1[block] = _SelfAttention(windows, attn1.get(block, attn1.get(block[:2])))
     return options | {"patches_replace": replaced}
-
-
-@dataclass(frozen=True)
-class _JointBlock:
-    """A block of SD3's transformer: tells the override of its attention which windows it has."""
-
-    windows: Windows
-    previous: Callable | None
-
-    def __call__(self, args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-        """The host's call of a replaced block."""
-        args = {**args, "transformer_options": args["transformer_options"] | {WINDOWS: self.windows}}
-        return extra["original_block"](args) if self.previous is None else self.previous(args, extra)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -101,34 +100,29 @@ def in_windows(case: Case, windows: Windows, **options: Any) -> dict[str, Any]:
 
 
 def oracle(case: Case, windows: Windows, monkeypatch: pytest.MonkeyPatch, perturbed: str | None = None) -> Tensor:
-    """The network with masked self-attention: found by its modules in a UNet, by its tokens in SD3. Every other layer is shifted.
+    """The network with masked self-attention: found by its modules in a UNet, by its tokens in SD3.
 
     perturbed: a layer where every token of the picture is in a window of its own, which is what PAG makes of it.
     """
 
-    def seen_in(layer: int, size: Sequence[int], text_tokens: int, alone: bool) -> Tensor:
-        own = Windows(size[1], size[0], False) if alone else replace(windows, shifted=windows.shifted ^ (layer % 2 == 1))
-        return allowed(*size, own, text_tokens)
+    def seen_in(size: Sequence[int], text_tokens: int, alone: bool) -> Tensor:
+        return allowed(*size, Windows(size[1], size[0], False) if alone else windows, text_tokens)
 
-    def forward(
-        layer: int, module: Any, x: Tensor, context: Any = None, value: Any = None, mask: Any = None, transformer_options: Any = None
-    ) -> Tensor:
-        seen = seen_in(layer, transformer_options["activations_shape"][-2:], 0, module is case.layers.get(perturbed))
+    def forward(module: Any, x: Tensor, context: Any = None, value: Any = None, mask: Any = None, **kw: Any) -> Tensor:
+        seen = seen_in(kw["transformer_options"]["activations_shape"][-2:], 0, module is case.layers.get(perturbed))
         return module.to_out(masked(seen, module.to_q(x), module.to_k(x), module.to_v(x), module.heads))
 
-    joint_calls: list[int] = []
+    calls: list[int] = []
 
     def override(func: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
-        text_tokens = k.shape[1] - size[0] * size[1]
-        if text_tokens:  # SD3.5's second attention of a block comes after its joint one
-            joint_calls.append(1)
-        block = len(joint_calls) - 1
-        return masked(seen_in(block, size, text_tokens, f"double:{block}" == perturbed), q, k, v, heads)
+        calls.append(1)
+        seen = seen_in(size, k.shape[1] - size[0] * size[1], f"double:{len(calls) - 1}" == perturbed)
+        return masked(seen, q, k, v, heads)
 
     size = tuple(side // 2 for side in case.args[0].shape[-2:])
     layers = [module.attn1 for module in case.network.modules() if hasattr(module, "attn1")]
-    for number, layer in enumerate(layers):
-        monkeypatch.setattr(layer, "forward", partial(forward, number, layer))
+    for layer in layers:
+        monkeypatch.setattr(layer, "forward", partial(forward, layer))
     out = case.run(**({} if layers else {"optimized_attention_override": override}))
     monkeypatch.undo()
     return out
@@ -221,18 +215,17 @@ def test_a_stage_without_windows_is_what_it_was(kind):
     assert with_windows(model, 1, 1) is model
 
 
-def test_windows_shift_with_the_step_and_the_layer():
+def test_windows_shift_with_the_step():
     """All evaluations of a step have the same ones."""
     model, shifted = pixels("mmdit"), []
 
     def spy(_, args, kwargs):
-        blocks = kwargs["transformer_options"].get("patches_replace", {}).get("dit", {}).values()
-        shifted.append([block.windows.shifted for block in blocks])
+        windows = kwargs["transformer_options"].get(WINDOWS)
+        shifted.append(windows and windows.shifted)
 
     model.model.diffusion_model.register_forward_pre_hook(spy, with_kwargs=True)
     sample(model, text("mmdit", ("8x8", "16x16"), (2, 4)) + ", windows 2x2", sampler="heun", cfg=1.0)
-    even, odd = [False, True, False], [True, False, True]
-    assert shifted == [[]] * 3 + [even, even, odd, odd, even, even, odd]
+    assert shifted == [None] * 3 + [False, False, True, True, False, False, True]
 
 
 @pytest.mark.parametrize("kind", ["unet", "mmdit"])
@@ -281,7 +274,7 @@ def large(model: str, windows: str) -> Tensor:
     """Pictures [B, 3, 64, 64] of a demo model, twice the size that it knows."""
     end = {"unet": 0.572, "mmdit": 0.3}[model]
     whole = Cascade.read(
-        f"32x32: 6 steps, end {end}; 64x64: 4 steps{windows}", model=models.load_model(model, "main"), vae=models.load_vae(), cfg=4.0,
+        f"32x32: 4 steps, end {end}; 64x64: 4 steps{windows}", model=models.load_model(model, "main"), vae=models.load_vae(), cfg=4.0,
         sampler="euler", scheduler=models.SCHEDULERS[model], gamma=-1.0, high_scale=8.0, map_weight=0.6,
     )  # fmt: skip
     scenes = random_scenes(4, torch.Generator().manual_seed(5))
@@ -309,4 +302,4 @@ def test_windows_leave_no_seams(model):
     assert not tools.close(plain, ours, 1e-2)
     for shifted in (False, True):
         places = [4 * cut for cut in borders(16, 2, shifted)[1:-1]]
-        assert seam(ours, places, 4) < 1.05 * seam(plain, places, 4)
+        assert seam(ours, places, 4) < 1.1 * seam(plain, places, 4)
