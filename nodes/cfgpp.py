@@ -9,15 +9,14 @@ from comfy_api.latest import io
 from ..guiders.cfgpp.inversion import invert
 from ..guiders.cfgpp.sampler import INVERSION, LARGEST_LAMBDA, SAMPLER, cfgpp_sampler
 from ..guiders.cfgpp.solvers import HISTORIES, SOLVERS
-from ..guiders.engine.keys import NODE
-from .schema import ATTACHED, graph_id
+from .schema import ATTACHED, HIDDEN, graph_id
 
 CATEGORY = "lodestar/sampling"
 
 
 def lambda_input(tooltip: str) -> io.Float.Input:
     """The weight of CFG++."""
-    return io.Float.Input("lambda_", default=0.6, min=0.0, max=LARGEST_LAMBDA, step=0.01, tooltip=tooltip)
+    return io.Float.Input("lambda_", display_name="lambda", default=0.6, min=0.0, max=LARGEST_LAMBDA, step=0.01, tooltip=tooltip)
 
 
 class LodestarCFGPP(io.ComfyNode):
@@ -60,9 +59,7 @@ class LodestarCFGPP(io.ComfyNode):
     @classmethod
     def execute(cls, sampler: str, lambda_: float, eta: float, history: str) -> io.NodeOutput:
         """Make the sampler."""
-        made = cfgpp_sampler(sampler, lambda_, eta, history)
-        setattr(made, NODE, graph_id(cls))
-        return io.NodeOutput(made)
+        return io.NodeOutput(cfgpp_sampler(sampler, lambda_, eta, history, graph_id(cls)))
 
 
 class LodestarCFGPPInvert(io.ComfyNode):
@@ -77,7 +74,7 @@ class LodestarCFGPPInvert(io.ComfyNode):
             category=CATEGORY,
             description="Finds the noise from which the CFG++ sampler makes a given picture again, or, with another prompt, an edited one. "
             "Costs what sampling costs.",
-            search_aliases=["ddim inversion", "unsampler", "invert", "edit", "noise from image", "cfg++"],
+            search_aliases=["cfg++", "ddim inversion", "invert", "edit", "noise from image"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that will sample, with all that guides it."),
                 io.Conditioning.Input("positive", tooltip="What the picture shows."),
@@ -90,9 +87,10 @@ class LodestarCFGPPInvert(io.ComfyNode):
                 io.Latent.Output(tooltip="The noise, for SamplerCustom with add_noise off, or SamplerCustomAdvanced with DisableNoise."),
                 io.Sigmas.Output(tooltip="The schedule that leads back. On flow models it starts just below 1, not at it."),
             ],
+            hidden=list(HIDDEN),
         )  # fmt: skip
 
     @classmethod
     def execute(cls, model: Any, positive: Any, negative: Any, latent_image: dict, sigmas: Any, lambda_: float) -> io.NodeOutput:
         """Invert."""
-        return io.NodeOutput(*invert(model, positive, negative, latent_image, sigmas, lambda_))
+        return io.NodeOutput(*invert(model, positive, negative, latent_image, sigmas, lambda_, graph_id(cls)))

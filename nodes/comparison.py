@@ -27,7 +27,7 @@ class LodestarCompare(io.ComfyNode):
             category="lodestar/report",
             description="Samples several models with the same noise and settings, and shows their pictures side by side, "
             "with the cost and the saturation of each.",
-            search_aliases=["compare", "grid", "xy plot", "side by side", "ab test", "contact sheet", "ksampler"],
+            search_aliases=["compare", "grid", "xy plot", "side by side", "ab test", "contact sheet"],
             inputs=[
                 io.Autogrow.Input(
                     "models", template=io.Autogrow.TemplatePrefix(model, prefix=_PREFIX, min=1, max=_MOST),

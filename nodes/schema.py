@@ -29,15 +29,15 @@ def guidance_schema(rule: type[Rule], *, node_id: str, description: str, search_
     )
 
 
-def window_inputs() -> list[io.Input]:
-    """Share of the schedule in which a rule acts."""
+def window_inputs(start: float = Rule.start_percent, end: float = Rule.end_percent) -> list[io.Input]:
+    """Share of the schedule in which a rule acts, with the values of a fresh node."""
     return [
         io.Float.Input(
-            "start_percent", default=Rule.start_percent, min=0.0, max=1.0, step=0.001,
+            "start_percent", default=start, min=0.0, max=1.0, step=0.001,
             tooltip="Where the effect begins, as a share of the schedule (0 is pure noise, 1 is the finished image).",
         ),
         io.Float.Input(
-            "end_percent", default=Rule.end_percent, min=0.0, max=1.0, step=0.001,
+            "end_percent", default=end, min=0.0, max=1.0, step=0.001,
             tooltip="Where the effect ends, as a share of the schedule (0 is pure noise, 1 is the finished image).",
         ),
     ]  # fmt: skip

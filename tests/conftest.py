@@ -103,6 +103,17 @@ def shots(tmp_path_factory) -> Path:
     return folder
 
 
+def pytest_sessionfinish(session) -> None:
+    """Where several processes run the tests: tell the first one about the screenshots."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["shots"] = [str(folder) for folder in _taken]
+
+
+def pytest_testnodedown(node) -> None:
+    """Called in the first process when another one has ended."""
+    _taken.update(Path(folder) for folder in getattr(node, "workeroutput", {}).get("shots", ()))
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     """Say where the screenshots are."""
     for folder in _taken:

@@ -28,6 +28,7 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
+MOST_WORKERS = 4  # of the tests; each has a host of its own in memory
 
 
 def main(argv: Sequence[str]) -> int:
@@ -184,10 +185,14 @@ def end_with(parent: int) -> None:
 
 
 def run_pytest(args: Sequence[str]) -> int:
+    """Unless ``args`` name tests: all files, one at a time on each core, as most of the networks are too small for more than one thread."""
     import pytest
 
     from workshop.caching import cache_folder
 
+    if not any(Path(arg.partition("::")[0]).exists() for arg in args):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        args = ["-n", str(min(MOST_WORKERS, os.cpu_count() or 1)), "--dist", "loadfile", *args]
     return int(pytest.main(["-o", f"cache_dir={cache_folder('pytest', str(ROOT))}", *args]))
 
 

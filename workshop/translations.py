@@ -29,7 +29,7 @@ def _node(schema: Any) -> dict[str, Any]:
         "description": schema.description,
         "inputs": {name: text for entry in schema.inputs for name, text in _inputs(entry)},
         "outputs": {
-            str(index): {"name": entry.display_name or entry.id or entry.io_type, "tooltip": entry.tooltip}
+            str(index): {"name": _label(entry.display_name or entry.id) if entry.id else entry.io_type, "tooltip": entry.tooltip}
             for index, entry in enumerate(schema.outputs)
         },
     }
@@ -37,9 +37,14 @@ def _node(schema: Any) -> dict[str, Any]:
 
 def _inputs(entry: Any) -> Iterator[tuple[str, dict[str, str]]]:
     """An input, and the sockets that grow out of it: the front end looks for a_b where the socket is called a.b."""
-    yield entry.id, {"name": entry.id, "tooltip": entry.tooltip}
+    yield entry.id, {"name": _label(entry.display_name or entry.id), "tooltip": entry.tooltip}
     for socket in entry.template.get_all() if hasattr(entry, "template") else ():
         yield f"{entry.id}_{socket.id}", {"name": socket.id, "tooltip": socket.tooltip}
+
+
+def _label(name: str) -> str:
+    """A name as people read it."""
+    return name.replace("_", " ")
 
 
 def keys(texts: Mapping[str, Any], *above: str) -> Iterator[tuple[str, ...]]:

@@ -15,13 +15,12 @@ Wrappers, additional models (on a ModelPatcher):
     NARROWED    in a part of a call: which rows of its chunks it has (None: all), and the uuids that the chunks have in the whole call.
                 The APPLY_MODEL wrapper writes; FreCaS's maps read
     WINDOWS     the windows of self-attention. The wrapper of FreCaS's windows writes (in a UNet within its layers); their override reads
+    AROUND      what has to be put around modules of the network for this forward pass: functions of the network that give a context
+                manager. Perturbed attention writes; the APPLY_MODEL wrapper enters them
     CHUNKS      in a part of an attention call: which chunks of the forward pass it has. Perturbed attention writes; it and the maps read
 
 Attribute of a MODEL:
     OWN_WEIGHTS the same weak model on a second set of weights. Autoguidance writes and reads; clones do not have it
-
-Attribute of a SAMPLER:
-    NODE        the node of the graph that it comes from. Nodes write; telemetry reads
 """
 
 from __future__ import annotations
@@ -39,11 +38,10 @@ RUN = "lodestar_run"
 TELEMETRY = "lodestar_telemetry"
 LABELS = "lodestar_labels"
 NARROWED = "lodestar_narrowed"
+AROUND = "lodestar_around"
 CHUNKS = "lodestar_chunks"
 
 OWN_WEIGHTS = "lodestar_own_weights"
-
-NODE = "lodestar_node"
 
 _OPTIONS_INDEX = 3  # of transformer_options among apply_model's arguments after x and t
 

@@ -37,10 +37,10 @@ def in_space(space: Space, denoised: Tensor, x: Tensor, sigma: Tensor, flow: boo
 class AdaptiveGuidance(Policy):
     """CFG until gamma >= threshold, D_c from the next step on (or in the same one); per sample, and for the rest of the run."""
 
-    name: ClassVar[str] = "Adaptive Guidance (AG)"
+    name: ClassVar[str] = "AG (Adaptive Guidance)"
     short: ClassVar[str] = "AG"
     claims: ClassVar[str] = "when CFG ends"
-    threshold: float = 0.991
+    threshold: float = 0.998
     space: Space = "denoised"
     switch: Literal["next_step", "same_step"] = "next_step"
     stop_terms: bool = False

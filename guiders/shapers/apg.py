@@ -40,7 +40,7 @@ def projected_update(g: Tensor, denoised: Tensor, eta: float, r: float) -> Tenso
 class APG(Shaper):
     """Momentum, then rescale, then project; D = D_c + (w - 1) g'."""
 
-    name: ClassVar[str] = "Adaptive Projected Guidance (APG)"
+    name: ClassVar[str] = "APG (Adaptive Projected Guidance)"
     short: ClassVar[str] = "APG"
     eta: float = 0.0
     norm_threshold: float = 15.0

@@ -43,7 +43,7 @@ class FrequencyGuidance(Shaper):
     low_height, low_width: size of the low band in latent pixels, the previous stage's latent.
     """
 
-    name: ClassVar[str] = "Frequency-aware CFG (FA-CFG)"
+    name: ClassVar[str] = "FA-CFG (Frequency-aware CFG)"
     short: ClassVar[str] = "FA-CFG"
     low_scale: float = 7.5
     high_scale: float = 35.0

@@ -31,7 +31,7 @@ def rescaled(guided: Tensor, cond: Tensor, amount: float, layout: Layout) -> Ten
 class PAG(Term):
     """D + s (D_c - D_p), where D_p has identity self-attention in a few layers."""
 
-    name: ClassVar[str] = "Perturbed-Attention Guidance (PAG)"
+    name: ClassVar[str] = "PAG (Perturbed-Attention Guidance)"
     short: ClassVar[str] = "PAG"
     perturbation: IdentityAttention
     scale: float = 3.0

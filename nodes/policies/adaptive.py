@@ -21,7 +21,7 @@ class LodestarAdaptiveGuidance(io.ComfyNode):
             node_id="LodestarAdaptiveGuidance",
             description="CFG until the predictions with and without the prompt agree, then the prompt alone: "
             "about a quarter fewer evaluations for nearly the same image.",
-            search_aliases=["ag", "adaptive cfg", "skip uncond", "fewer evaluations", "speed up", "faster cfg", "cfg cutoff"],
+            search_aliases=["ag", "adaptive cfg", "skip uncond", "fewer evaluations", "speed up", "faster cfg"],
             inputs=[
                 io.Float.Input(
                     "threshold", default=AdaptiveGuidance.threshold, min=-1.0, max=1.001, step=0.0001, round=0.000001,

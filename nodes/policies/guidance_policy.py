@@ -11,7 +11,7 @@ from ...guiders.policies.search import NAME as SEARCH
 from ...guiders.policies.search import search
 from ...guiders.policies.weights_per_step import StepWeights, StepwiseCFG
 from ..files import About, Kind, save_and_load
-from ..schema import guidance_schema, guided
+from ..schema import HIDDEN, graph_id, guidance_schema, guided
 from ..training_inputs import CATEGORY, run_inputs, runs_of, seed_input
 
 PolicyType = io.Custom("GUIDANCE_POLICY")
@@ -29,7 +29,7 @@ class LodestarPolicySearch(io.ComfyNode):
             category=CATEGORY,
             description="Finds, by gradient descent through the sampler, which steps need CFG and how strong: close to the CFG result with "
             "fewer evaluations. Takes about ten times as long per image as sampling.",
-            search_aliases=["policy", "schedule search", "adaptive guidance", "nas", "dynamic cfg"],
+            search_aliases=["policy", "schedule search", "nas", "cfg per step"],
             is_input_list=True,
             inputs=[
                 *run_inputs(),
@@ -49,12 +49,13 @@ class LodestarPolicySearch(io.ComfyNode):
                 io.String.Output("json", tooltip="The policy as text, with one choice for every step."),
                 io.String.Output("report", tooltip="Loss, distance and evaluations during the search."),
             ],
+            hidden=list(HIDDEN),
         )  # fmt: skip
 
     @classmethod
     def execute(cls, iterations: list[int], cost_weight: list[float], **inputs: list) -> io.NodeOutput:
         """Search. All inputs are lists, of which ``positive`` may hold several prompts."""
-        policy, report = search(runs_of(SEARCH, inputs), iterations[0], cost_weight[0])
+        policy, report = search(runs_of(SEARCH, inputs), iterations[0], cost_weight[0], graph_id(cls))
         return io.NodeOutput(policy, policy.to_json(), report)
 
 
@@ -69,7 +70,7 @@ class LodestarGuidancePolicy(io.ComfyNode):
             node_id="LodestarGuidancePolicy",
             description="Samples with a policy: at every step the conditional prediction, the unconditional one, or CFG at a weight of its "
             "own. Only what a step uses is evaluated.",
-            search_aliases=["policy", "cfg schedule", "dynamic cfg", "adaptive guidance", "speed"],
+            search_aliases=["policy", "cfg schedule", "cfg per step", "speed"],
             inputs=[PolicyType.Input("policy", tooltip="From Guidance policy search or Guidance policy: load.")],
         )
 

@@ -20,8 +20,8 @@ class LodestarGuidanceInterval(io.ComfyNode):
             GuidanceInterval,
             node_id="LodestarGuidanceInterval",
             description="CFG in a part of the schedule only. Outside it the negative prompt is not evaluated: faster and more varied.",
-            search_aliases=["cfg interval", "limited interval", "guidance limiter", "cfg start end", "skip cfg"],
-            inputs=window_inputs(),
+            search_aliases=["cfg interval", "limited interval", "cfg start end", "skip cfg"],
+            inputs=window_inputs(start=0.2, end=0.8),  # a fresh node shows what it does; 0 to 1 would be plain CFG
         )
 
     @classmethod

@@ -12,7 +12,7 @@ from ...guiders.policies.linear_ag.fit import NAME as FIT
 from ...guiders.policies.linear_ag.fit import fit
 from ...guiders.policies.linear_ag.rule import SECOND_HALVES, LinearAG
 from ..files import About, Kind, save_and_load
-from ..schema import guidance_schema, guided
+from ..schema import HIDDEN, graph_id, guidance_schema, guided
 from ..training_inputs import CATEGORY, run_inputs, runs_of, seed_input
 
 CoefficientsType = io.Custom("GUIDANCE_COEFFICIENTS")
@@ -30,7 +30,7 @@ class LodestarLinearAGFit(io.ComfyNode):
             category=CATEGORY,
             description="Samples images with CFG and fits a linear regression that predicts the unconditional prediction. Once per model, "
             "sampler, schedule and cfg; LinearAG: apply then saves evaluations.",
-            search_aliases=["linear ag", "adaptive guidance", "fit", "regression", "calibrate"],
+            search_aliases=["linear ag", "fit", "regression", "calibrate"],
             is_input_list=True,
             inputs=[
                 *run_inputs(),
@@ -41,15 +41,16 @@ class LodestarLinearAGFit(io.ComfyNode):
                 seed_input(),
             ],
             outputs=[
-                CoefficientsType.Output("coefficients", tooltip="For LinearAG: apply, or Save Coefficients."),
+                CoefficientsType.Output("coefficients", tooltip="For LinearAG: apply, or LinearAG: save coefficients."),
                 io.String.Output("report", tooltip="R² of every replaced step next to those of trivial predictors."),
             ],
+            hidden=list(HIDDEN),
         )  # fmt: skip
 
     @classmethod
     def execute(cls, trajectories: list[int], **inputs: list) -> io.NodeOutput:
         """Fit. All inputs are lists, of which ``positive`` may hold several prompts."""
-        coefficients = fit(runs_of(FIT, inputs), trajectories[0])
+        coefficients = fit(runs_of(FIT, inputs), trajectories[0], graph_id(cls))
         return io.NodeOutput(coefficients, coefficients.report())
 
 
@@ -64,9 +65,11 @@ class LodestarLinearAG(io.ComfyNode):
             node_id="LodestarLinearAG",
             description="Predicts the unconditional prediction of every second step in the first half instead of evaluating it, and goes "
             "on without it in the second half: 25 evaluations instead of 40 in 20 steps. Needs fitted coefficients.",
-            search_aliases=["linear ag", "adaptive guidance", "faster cfg", "skip uncond", "speed"],
+            search_aliases=["linear ag", "faster cfg", "skip uncond", "speed"],
             inputs=[
-                CoefficientsType.Input("coefficients", tooltip="From LinearAG: fit or Load Coefficients; for this model, sampler and cfg."),
+                CoefficientsType.Input(
+                    "coefficients", tooltip="From LinearAG: fit or LinearAG: load coefficients, for this model, sampler and cfg."
+                ),
                 io.Combo.Input(
                     "second_half", options=list(SECOND_HALVES), default=LinearAG.second_half, optional=True, advanced=True,
                     tooltip="conditional, as in the paper: one evaluation per step. cfg: plain CFG, for Adaptive Guidance to end it.",
@@ -91,13 +94,13 @@ LodestarSaveCoefficients, LodestarLoadCoefficients = save_and_load(
         node_id="LodestarSaveCoefficients",
         display_name="LinearAG: save coefficients",
         description="Writes fitted LinearAG coefficients as a small safetensors file into models/guidance.",
-        search_aliases=["linear ag", "adaptive guidance", "save"],
+        search_aliases=["linear ag", "save"],
     ),
     load=About(
         node_id="LodestarLoadCoefficients",
         display_name="LinearAG: load coefficients",
         description="Reads LinearAG coefficients from a safetensors file in models/guidance.",
-        search_aliases=["linear ag", "adaptive guidance", "load"],
+        search_aliases=["linear ag", "load"],
     ),
     value=CoefficientsType.Input("coefficients", tooltip="From LinearAG: fit."),
     outputs=[

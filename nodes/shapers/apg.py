@@ -20,7 +20,7 @@ class LodestarAPG(io.ComfyNode):
             APG,
             node_id="LodestarAPG",
             description="Removes the part of the CFG update that only adds saturation, so that high cfg stays natural. No extra cost.",
-            search_aliases=["apg", "projected guidance", "oversaturation", "cfg rescale", "burned"],
+            search_aliases=["apg", "projected guidance", "oversaturation", "burned"],
             inputs=[
                 io.Float.Input(
                     "eta", default=APG.eta, min=-10.0, max=10.0, step=0.01,

@@ -22,7 +22,7 @@ class LodestarAutoguidance(io.ComfyNode):
             node_id="LodestarAutoguidance",
             description="Guides away from a weaker version of the model under the same prompt: better quality without losing variety. "
             "One evaluation of the weak model per step.",
-            search_aliases=["autoguidance", "bad model", "weak model", "dual model", "atg"],
+            search_aliases=["autoguidance", "bad model", "weak model"],
             inputs=[
                 io.Model.Input(
                     "weak_model",

@@ -23,7 +23,7 @@ class LodestarPAG(io.ComfyNode):
             node_id="LodestarPAG",
             description="Guides away from a prediction with broken self-attention: better structure, with or without a prompt. "
             "One more branch per step, in the same model call.",
-            search_aliases=["pag", "perturbed attention", "structure", "sag", "seg"],
+            search_aliases=["pag", "perturbed attention", "structure"],
             inputs=[
                 io.Float.Input(
                     "scale", default=PAG.scale, min=0.0, max=100.0, step=0.1, round=0.01,

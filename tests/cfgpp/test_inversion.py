@@ -231,7 +231,7 @@ def test_schedules_that_do_not_fall(sigmas):
 
 def test_apg_does_not_fit():
     model = guided(tiny("unet"), APG())
-    with counted(model) as rows, pytest.raises(ValueError, match=r"^Adaptive Projected Guidance \(APG\) and CFG\+\+ Inversion do not"):
+    with counted(model) as rows, pytest.raises(ValueError, match=r"^APG \(Adaptive Projected Guidance\) and CFG\+\+ Inversion do not"):
         inverted(model)
     assert rows == []
 

@@ -319,7 +319,7 @@ def test_refused_guiders(name):
 
 def test_apg_is_refused_with_the_reason():
     model = guided(tiny("unet"), APG())
-    message = r"^Adaptive Projected Guidance \(APG\) and CFG\+\+ Sampler do not combine: that one reshapes the update"
+    message = r"^APG \(Adaptive Projected Guidance\) and CFG\+\+ Sampler do not combine: that one reshapes the update"
     with counted(model) as rows, pytest.raises(ValueError, match=message):
         run(model, sampler())
     assert rows == []
@@ -341,7 +341,7 @@ def test_another_owner_of_the_combination_is_refused(solver):
 @pytest.mark.parametrize("solver", [sampler(), Inversion(0.6)], ids=["sampler", "inversion"])
 def test_rules_that_drop_the_unconditional_prediction_are_refused(solver):
     model = guided(tiny("unet"), AdaptiveGuidance())
-    message = rf"^Adaptive Guidance \(AG\) cannot work with the sampler {re.escape(reads_uncond(solver))}: "
+    message = rf"^AG \(Adaptive Guidance\) cannot work with the sampler {re.escape(reads_uncond(solver))}: "
     with counted(model) as rows, pytest.raises(ValueError, match=message):
         run(model, solver)
     assert rows == []

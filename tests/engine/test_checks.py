@@ -127,7 +127,7 @@ def test_a_claimed_cfg_slot_is_refused_at_the_node_and_at_the_start():
     model = tiny("unet")
     claimed = model.clone()
     claimed.set_model_sampler_cfg_function(lambda args: args["cond"])
-    with pytest.raises(ValueError, match=r"^Adaptive Projected Guidance \(APG\) and .* both replace the CFG combination"):
+    with pytest.raises(ValueError, match=r"^APG \(Adaptive Projected Guidance\) and .* both replace the CFG combination"):
         attach(claimed, APG())
     later = attach(model, APG())
     later.set_model_sampler_cfg_function(lambda args: args["cond"])

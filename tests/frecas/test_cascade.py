@@ -141,7 +141,7 @@ def test_the_report_shows_all_stages_as_one_run():
     log = tools.log_of(model)
     assert log.steps == 7 and len(log.sigmas) == 8 and log.seconds > 0
     assert list(tools.curves_of(log)["CFG update"]) == list(range(7))
-    assert list(tools.curves_of(log)["Frequency-aware CFG (FA-CFG)"]) == [4, 5, 6]
+    assert list(tools.curves_of(log)["FA-CFG (Frequency-aware CFG)"]) == [4, 5, 6]
 
 
 def test_a_model_without_a_plan_stays_without():

@@ -114,7 +114,7 @@ def test_errors_come_before_sampling(changes, message):
 def test_another_owner_of_the_cfg_combination_is_named_before_sampling():
     model = pixels("unet")
     model.set_model_sampler_cfg_function(lambda args: args["cond"])
-    with tools.counted(model) as rows, pytest.raises(ValueError, match=r"Frequency-aware CFG \(FA-CFG\) and .* both replace"):
+    with tools.counted(model) as rows, pytest.raises(ValueError, match=r"FA-CFG \(Frequency-aware CFG\) and .* both replace"):
         node(model)
     assert not rows and node(model, high_scale=4.0)
 

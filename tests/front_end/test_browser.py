@@ -30,6 +30,28 @@ def test_the_template_browser_opens_a_template(page):
     page.wait_for_function("count => app.graph.nodes.length === count", arg=len(wanted["nodes"]))
 
 
+OURS = {  # what people type, and the node that they mean
+    "APG": "LodestarAPG", "PAG": "LodestarPAG", "AG": "LodestarAdaptiveGuidance", "adaptive guidance": "LodestarAdaptiveGuidance",
+    "FA-CFG": "LodestarFrequencyGuidance", "CFG++": "LodestarCFGPP", "autoguidance": "LodestarAutoguidance",
+    "FreCaS": "LodestarFreCaS", "LinearAG": "LodestarLinearAGFit", "guidance interval": "LodestarGuidanceInterval",
+}  # fmt: skip
+
+
+def test_the_search_finds_our_nodes_first(page):
+    """The front end's own search. Only ComfyUI's node APG, whose id is the very word, stands before ours, which has it in its name."""
+    found = page.evaluate(
+        """words => {
+            const stores = document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia._s;
+            const search = stores.get('nodeDef').nodeSearchService;
+            return Object.fromEntries(words.map(word => [word, search.searchNode(word, [], {limit: 3}).map(node => node.name)]));
+        }""",
+        [*OURS, "sag", "seg", "rescale", "unsampler"],
+    )
+    assert found["APG"].pop(0) == "APG"
+    assert {word: found[word][0] for word in OURS} == OURS
+    assert not any(name.startswith("Lodestar") for word in ("sag", "seg", "rescale", "unsampler") for name in found[word])
+
+
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_template_opens(page, name):
     """What the dialog does on a click: fetch the template that the host lists, and load it as a graph."""

@@ -11,6 +11,7 @@ import pytest
 LOCALES = Path(__file__).parents[2] / "locales"
 OTHERS = sorted(folder.name for folder in LOCALES.iterdir() if folder.is_dir() and folder.name not in ("en", "__pycache__"))
 OF_THE_HOST = {"guidance", "sampling", "training"}  # categories that it translates itself
+NAME_LIKE = re.compile(r"\b[A-Z][a-z]+(?: [A-Z][a-z]+)+|\b\w+[a-z][A-Z]\w*|\w+: (?:save|load|fit|apply|search)")
 THE_SAME = re.compile(r"[A-Za-z_]+\d*|LinearAG.*|CFG\+\+.*|JSON")  # names that are not translated
 
 
@@ -54,6 +55,30 @@ def test_texts_are_texts(host, language):
             assert language == "en" or text != english[path], path
         elif language != "en":
             assert text != english[path] or THE_SAME.fullmatch(text), path
+
+
+@pytest.mark.parametrize("language", [*OTHERS, "en"])
+def test_labels_are_words(language):
+    """Ids have underscores, labels none."""
+    assert [text for path, text in by_keys(read(language)).items() if path[-1] == "name" and "_" in text and text.lower() == text] == []
+
+
+def names_of(served):
+    """What nodes are called: by id, also with spaces in it, by name, and by what stands before and in the brackets of a name."""
+    for node_id, node in served.items():
+        yield from (node_id, re.sub(r"(?<=[a-z])(?=[A-Z])", " ", node_id), *filter(None, re.split(r" \(|\)", node["display_name"] or "")))
+
+
+def test_texts_name_nodes_that_exist(url):
+    """Whatever looks like the name of a node, words in capitals or one with a capital inside, is the name of one, ours or the host's."""
+    from workshop import api
+
+    names = sorted({"ComfyUI", "LoRAs", "LoRA", "LinearAG", *names_of(api.Client(url).get_json("/object_info"))}, key=len, reverse=True)
+    known = re.compile("|".join(rf"(?<!\w){re.escape(name)}(?!\w)" for name in names if name))
+    for path, text in by_keys(read("en")).items():
+        if path[-1] in ("description", "tooltip"):
+            unknown = NAME_LIKE.findall(known.sub("", text))
+            assert not unknown, (path, unknown)
 
 
 def test_numbers_and_choices_are_those_of_the_english_text(host):
@@ -103,7 +128,7 @@ def test_the_front_end_speaks_chinese(page, url):
         )
     finally:
         page.evaluate("async () => app.extensionManager.setting.set('Comfy.Locale', 'en')")
-    assert shown[0] == "自适应投影引导 (APG)" and shown[3] == "引导对比"
+    assert shown[0] == "APG（自适应投影引导）" and shown[3] == "引导对比"
     assert shown[1] == ["eta", "范数阈值", "动量", "起始百分比", "结束百分比"]
     assert shown[2] == "模型" and shown[4] == "Lodestar 引导/引导"
     assert not page.errors

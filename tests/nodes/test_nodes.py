@@ -113,7 +113,7 @@ def test_two_owners_of_the_cfg_combination(classes):
 
     model = tools.tiny("unet")
     model.set_model_sampler_cfg_function(lambda args: args["cond"])
-    with pytest.raises(ValueError, match=r"Adaptive Projected Guidance \(APG\) and .* both replace the CFG combination"):
+    with pytest.raises(ValueError, match=r"APG \(Adaptive Projected Guidance\) and .* both replace the CFG combination"):
         run(classes, "LodestarAPG", model)
 
 
@@ -123,7 +123,7 @@ NEUTRAL = {
     "LodestarAPG": {"eta": 1.0, "norm_threshold": 0.0, "momentum": 0.0},
     "LodestarPAG": {"scale": 0.0},
     "LodestarAutoguidance": {"scale": 1.0},
-    "LodestarGuidanceInterval": {},
+    "LodestarGuidanceInterval": {"start_percent": 0.0, "end_percent": 1.0},
     "LodestarAdaptiveGuidance": {"threshold": 1.001},
 }
 

@@ -184,9 +184,9 @@ def test_the_log_as_plain_values(report):
     assert plain["nfe"] == 9 and plain["evaluations"] == [[0, 3], [1, 2], [2, 2], [3, 2]]
     curves = {curve["name"]: curve for curve in plain["curves"]}
     assert {name: dict(map(tuple, curve["points"])) for name, curve in curves.items()} == tools.curves_of(of_run)
-    kinds = {"CFG update": "update", "cosine of cond and uncond": "cosine", "Perturbed-Attention Guidance (PAG)": "update"}
+    kinds = {"CFG update": "update", "cosine of cond and uncond": "cosine", "PAG (Perturbed-Attention Guidance)": "update"}
     assert {name: curve["kind"] for name, curve in curves.items()} == kinds
-    name = "Adaptive Guidance (AG)"
+    name = "AG (Adaptive Guidance)"
     assert plain["switches"] == [{"rule": name, "curve": "cosine of cond and uncond", "threshold": -1.0, "steps": [1]}]
     assert log(curves=named({"x": {0: math.nan, 1: 0.5}})).to_json()["curves"][0]["points"] == [[0, None], [1, 0.5]]
 
@@ -215,7 +215,7 @@ def test_switches_are_written_and_drawn(report):
     latent = tools.sample(main, steps=4)
     text = report.execute(main, {"samples": latent}).args[2]
     assert numbers(text)["NFE"] == 9 and numbers(text)["saved"] == 3
-    assert "Adaptive Guidance (AG), threshold -1: first step without CFG, for each image: 1" in text
+    assert "AG (Adaptive Guidance), threshold -1: first step without CFG, for each image: 1" in text
 
 
 def test_what_an_interval_saves(host):

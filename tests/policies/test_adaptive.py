@@ -58,7 +58,7 @@ def test_cfg_before_the_switch_and_the_conditional_model_after_it(kind, at, swit
         result = run(main)
     assert rows == [2] * (at + 1) + [1] * (STEPS - at - 1)
     first = at + (switch == "next_step")
-    assert log_of(main).switches["Adaptive Guidance (AG)"].steps == (first,)
+    assert log_of(main).switches["AG (Adaptive Guidance)"].steps == (first,)
     assert log_of(main).nfe == STEPS + at + 1
     expected = run(cfg_until(model, first))
     if switch == "next_step":

@@ -198,7 +198,7 @@ def test_an_interrupted_search_leaves_nothing(moment):
 
 def test_a_model_with_other_guidance_is_refused():
     model = tools.tiny("unet")
-    with pytest.raises(ValueError, match="needs plain CFG at every step; bypass Perturbed-Attention Guidance"):
+    with pytest.raises(ValueError, match="needs plain CFG at every step; bypass PAG"):
         search(runs(tools.guided(model, tools.pag(model))), 1, 0.1)
     with pytest.raises(ValueError, match="cfg 1 is none"):
         search(runs(model, cfg=1.0), 1, 0.1)

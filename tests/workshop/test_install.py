@@ -119,7 +119,7 @@ def check_that_it_works(comfy, folder):
         outputs = client.run(prompt)
         for file in client.images(outputs[api.find(prompt, "PreviewImage")[0]]):
             assert np.asarray(Image.open(io.BytesIO(file)), dtype=float).std() > 5
-        assert client.get(f"/extensions/{folder}/docs/LodestarAPG.md").startswith(b"# Adaptive Projected Guidance")
+        assert client.get(f"/extensions/{folder}/docs/LodestarAPG.md").startswith(b"# APG (Adaptive Projected Guidance)")
         assert "LodestarAPG" in client.get_json("/i18n")["zh"]["nodeDefs"]
         assert "Guided KSampler" in {entry["name"] for entry in client.get_json("/global_subgraphs").values()}
 

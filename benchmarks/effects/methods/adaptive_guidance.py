@@ -58,7 +58,7 @@ def cells(model: str) -> tuple[Cell, ...]:
 
 
 METHOD = Method(
-    title="Adaptive Guidance (AG)",
+    title="AG (Adaptive Guidance)",
     axis="CFG, AG, Step AG, CFG in fewer steps",
     claims=claims,
     curves=tuple(Curve(f"threshold {THRESHOLD:g}", model, tuple(enumerate(cells(model)))) for model in MODELS),

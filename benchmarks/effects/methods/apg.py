@@ -46,7 +46,7 @@ def claims(results: Results) -> list[Claim]:
 
 
 METHOD = Method(
-    title="Adaptive Projected Guidance (APG)",
+    title="APG (Adaptive Projected Guidance)",
     axis="cfg",
     claims=claims,
     curves=tuple(curve for model in MODELS for curve in (cfg_sweep(model), sweep(model))),

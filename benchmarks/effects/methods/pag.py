@@ -54,7 +54,7 @@ def claims(results: Results) -> list[Claim]:
 
 
 METHOD = Method(
-    title="Perturbed-Attention Guidance (PAG)",
+    title="PAG (Perturbed-Attention Guidance)",
     axis="PAG scale",
     claims=claims,
     curves=tuple(sweep(model, prompts) for model in MODELS for prompts in (True, False)),
