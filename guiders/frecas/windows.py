@@ -58,7 +58,7 @@ class Windows:
         height, width = self.size
         tokens = torch.arange(call.lengths[1], device=call.q.device)
         text, picture = tokens[: -height * width], tokens[-height * width :].view(height, width)
-        parts = [(text, call.text_queries(len(text)))] if len(text) else []
+        parts = [(text, call.queries(slice(0, len(text))))] if len(text) else []
         for box in self.boxes():
             own = picture[box].flatten()
             parts.append((own, call.among(own, torch.cat([text, own]))))
@@ -157,7 +157,7 @@ class WindowedAttention:
         """The host's call of an attention override: ``func`` is the attention function, the rest are its arguments."""
         ordinary = func if self.previous is None else partial(self.previous, func)
         call = Call.of(ordinary, *args, **kwargs)
-        windows, (queries, keys) = call.options["transformer_options"].get(WINDOWS), call.lengths
+        windows, (queries, keys) = call.transformer_options.get(WINDOWS), call.lengths
         if windows is None or queries != keys:  # another attention than that of the picture to itself
             return ordinary(*args, **kwargs)
         return windows.attention(call)
