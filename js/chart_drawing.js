@@ -3,7 +3,7 @@
 /**
  * @typedef {[number, number | null]} Point step and value; null is a value that is not finite
  * @typedef {{threshold: number, steps: (number | null)[]}} Switch for each picture the first step without CFG
- * @typedef {"update" | "weight" | "cosine"} Kind of the curve's values
+ * @typedef {"update" | "weight" | "error" | "cosine"} Kind of the curve's values
  * @typedef {{curve: string, kind: Kind, points: Point[], policy: boolean, switch?: Switch}} NodeCurve
  * @typedef {{width: number, height: number, steps: number}} Stage
  * @typedef {object} RunMessage
@@ -197,7 +197,7 @@ function stagesOf(run) {
 function lastValue(curve) {
   const value = curve.points.at(-1)?.[1];
   if (value == null) return undefined;
-  const names = { update: curve.policy ? "CFG update" : "update", weight: "cfg", cosine: "γ" };
+  const names = { update: curve.policy ? "CFG update" : "update", weight: "cfg", error: "error", cosine: "γ" };
   return `${names[curve.kind]} ${short(value)}`;
 }
 

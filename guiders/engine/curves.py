@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Kind = Literal["update", "weight", "cosine"]
+Kind = Literal["update", "weight", "error", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Quantity:
     """What a curve shows: its name in reports, and the kind of its values.
 
     update: size of an update, relative to the denoised image. weight: the weight of plain CFG that does the same in the step.
-    cosine: of the conditional and the unconditional prediction.
+    error: of what the denoised image should agree with, relative to it. cosine: of the conditional and the unconditional prediction.
     """
 
     name: str

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from .curves import CFG_UPDATE, Quantity
 from .keys import NODE, TELEMETRY
 from .log import RunLog, joined
-from .plan import GuidancePlan, Rule
+from .plan import GuidancePlan, Policy, Rule
 from .run import Run
 
 Message = dict[str, Any]  # goes out as JSON
@@ -123,7 +123,7 @@ class Telemetry:
         """By node: its curve, and for a policy that switches, where it does."""
         nodes = {}
         for index, rule, node in _shown(run.plan):
-            nodes[node] = _curve(whole, rule.curve or run.updates[index]) | {"policy": rule.curve is not None}
+            nodes[node] = _curve(whole, rule.curve or run.updates[index]) | {"policy": isinstance(rule, Policy)}
             if rule.name in log.switches:
                 switch = log.switches[rule.name]
                 steps = [None if step is None else before + step for step in switch.steps]
