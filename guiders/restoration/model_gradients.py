@@ -24,7 +24,7 @@ def estimate_with_gradients(point: Point) -> Iterator[tuple[Tensor, Tensor]]:
         stack.enter_context(uncompiled())
         for network in [point.model, *_control_networks(conds)]:
             stack.enter_context(ordinary_weights(network))
-        stack.enter_context(checkpointed(point.model.diffusion_model))
+        stack.enter_context(checkpointed(point.model.diffusion_model, written=any("control" in cond for cond in conds)))
         x = point.x.detach().clone().requires_grad_()
         yield x, point.evaluate(list(map(_ordinary, conds)), x, point.sigma.clone())
 
