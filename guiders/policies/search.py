@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from ..engine.attach import detach
+from ..engine.curves import Quantity
 from ..engine.host import leaves_out_forward_passes
 from ..engine.plan import Rule
 from ..engine.schedule import solver_step
+from ..engine.telemetry import tracing
 from ..learning.checkpoints import checkpointed, checkpointed_call
 from ..learning.gradients import cloned, gradients, ordinary_weights, training_kernels
 from ..learning.recognition import setting_of
@@ -25,6 +27,7 @@ from .relaxation import discretise, distance, options, relax, temperature
 from .weights_per_step import StepWeights, evaluations
 
 NAME = "Guidance policy search"
+LOSS = Quantity("loss", "loss")
 LEARNING_RATE = 0.2
 
 
@@ -89,8 +92,10 @@ class SearchSampler(comfy.samplers.Sampler):
         return sampling.inverse_noise_scaling(sigmas[-1], target)
 
 
-def search(runs: Runs, iterations: int, cost_weight: float) -> tuple[StepWeights, str]:
+def search(runs: Runs, iterations: int, cost_weight: float, node: str | None = None) -> tuple[StepWeights, str]:
     """The policy found by Adam on the logits, one batch of fresh noise per iteration, and a table of how that went.
+
+    node: that of the graph.
 
     Raises ValueError as Runs.check and ``differentiable`` do, and where EasyCache is on the model.
     """
@@ -102,7 +107,7 @@ def search(runs: Runs, iterations: int, cost_weight: float) -> tuple[StepWeights
     steps, weights = len(runs.sigmas) - 1, options(runs.cfg)
     progress = comfy.utils.ProgressBar(iterations)
     lines = [f"{'iteration':>9}{'loss':>10}{'distance':>10}{'expected NFE':>14}{'NFE':>5}"]
-    with gradients():
+    with gradients(), tracing(node, LOSS, iterations, "iteration") as trace:
         inputs = ("positive", "negative", "sigmas", "latent")
         runs = replace(runs, **{name: cloned(getattr(runs, name)) for name in inputs})
         logits = torch.zeros(steps, len(weights), requires_grad=True)
@@ -115,8 +120,11 @@ def search(runs: Runs, iterations: int, cost_weight: float) -> tuple[StepWeights
             runs.sample(guider, number, sampler)
             adam.step()
             found = discretise(logits, weights)
+            nfe = sum(map(evaluations, found))
+            if trace is not None:
+                trace.add(number, sampler.loss, nfe=nfe, saved=2 * steps - nfe)
             if number % max(1, iterations // 10) == 0 or number == iterations - 1:
-                expected, nfe = sampler.expected * 2 * steps, sum(map(evaluations, found))
+                expected = sampler.expected * 2 * steps
                 lines.append(f"{number:>9}{sampler.loss:>10.4f}{sampler.distance:>10.4f}{expected:>14.1f}{nfe:>5}")
             progress.update(1)
         return StepWeights(setting_of(guider, runs.sampler, runs.sigmas), found), "\n".join(lines)

@@ -16,15 +16,18 @@ from torch import Tensor
 
 from ...engine.attach import attach
 from ...engine.choice import Choice
+from ...engine.curves import Quantity
 from ...engine.host import has_frames_for_rows
 from ...engine.plan import Policy
 from ...engine.step import Step
+from ...engine.telemetry import tracing
 from ...learning.recognition import setting_of
 from ...learning.runs import Runs
 from .coefficients import Coefficients
 from .regression import Gram, score
 
 NAME = "LinearAG: fit"
+RESIDUAL = Quantity("1 - R² of the predicted unconditional prediction", "residual")
 LEAST_STEPS = 4  # the first schedule with a step to replace
 
 
@@ -72,8 +75,8 @@ class Recorder(Policy):
         self.trajectory.add(score(x, cond, sigma), score(x, uncond, sigma))
 
 
-def fit(runs: Runs, trajectories: int) -> Coefficients:
-    """Sample ``trajectories`` images or videos with CFG, as many at a time as the latent has, and solve.
+def fit(runs: Runs, trajectories: int, node: str | None = None) -> Coefficients:
+    """Sample ``trajectories`` images or videos with CFG, as many at a time as the latent has, and solve. ``node``: that of the graph.
 
     Raises ValueError as ``Runs.check`` does, and for samplers of several evaluations per step.
     """
@@ -82,12 +85,16 @@ def fit(runs: Runs, trajectories: int) -> Coefficients:
     gram = Gram(steps)
     one_video = has_frames_for_rows(runs.model)  # which the latent's rows are then
     batch = 1 if one_video else len(runs.latent["samples"])
-    progress = comfy.utils.ProgressBar(steps * -(-trajectories // batch))
-    for number in range(-(-trajectories // batch)):
-        trajectory = Trajectory(progress)
-        guider = runs.guider(number, attach(runs.model, Recorder(trajectory=trajectory)))
-        runs.sample(guider, number, runs.sampler, None if one_video else trajectories - gram.trajectories)
-        gram.add(*([one[None] for one in scores] if one_video else scores for scores in (trajectory.cond, trajectory.uncond)))
+    count = -(-trajectories // batch)
+    progress = comfy.utils.ProgressBar(steps * count)
+    with tracing(node, RESIDUAL, count, "run") as trace:
+        for number in range(count):
+            trajectory = Trajectory(progress)
+            guider = runs.guider(number, attach(runs.model, Recorder(trajectory=trajectory)))
+            runs.sample(guider, number, runs.sampler, None if one_video else trajectories - gram.trajectories)
+            gram.add(*([one[None] for one in scores] if one_video else scores for scores in (trajectory.cond, trajectory.uncond)))
+            if trace is not None:
+                trace.add(number, gram.residual())
     if not torch.isfinite(gram.matrix).all():
         raise ValueError(f"{NAME}: the model's predictions are not finite with these settings.")
     return Coefficients.of(gram, setting_of(guider, runs.sampler, runs.sigmas))
