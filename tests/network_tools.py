@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lodestar.guiders.engine.keys import AROUND
 from lodestar.guiders.network.identity_attention import IdentityAttention
 from lodestar.guiders.network.layers import resolve_layers
 
@@ -25,23 +28,27 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def explicit(q: Tensor, k: Tensor, v: Tensor, text: int, masked: bool, mask: Tensor | None, scale: float) -> Tensor:
+def explicit(q: Tensor, k: Tensor, v: Tensor, text: int, masked: bool, mask: Tensor | None, scale: float, last: bool = False) -> Tensor:
     """The oracle [B, H, N, d]: full attention in float64 in which an image token sees of the image only itself.
 
-    Without ``masked`` no token sees any other. mask: additive or boolean, [B|1, H|1, N|1, N].
+    Without ``masked`` no token sees any other. mask: additive or boolean, [B|1, H|1, N|1, N]. last: the text comes last. Fewer
+    queries than keys are the image's.
     """
     q, k, v = q.double(), k.double(), v.double()
-    seen = torch.eye(q.shape[2], dtype=torch.bool)
+    seen = torch.eye(k.shape[2], dtype=torch.bool)
+    words = slice(k.shape[2] - text, None) if last else slice(0, text)
     if masked:
-        seen[:text] = True
-        seen[:, :text] = True
+        seen[words] = True
+        seen[:, words] = True
+    if q.shape[2] < k.shape[2]:
+        seen = seen[: q.shape[2]] if last else seen[text:]
     logits = q @ k.mT * scale
     if mask is not None:
         logits = logits + (mask.double().log() if mask.dtype == torch.bool else mask.double())
     return logits.masked_fill(~seen, -torch.inf).softmax(-1) @ v
 
 
-def explicit_call(q, k, v, heads, mask=None, attn_precision=None, *, text, masked, **kw):
+def explicit_call(q, k, v, heads, mask=None, attn_precision=None, *, text, masked, last=False, **kw):
     """The oracle behind the signature of the host's attention functions."""
     assert attn_precision is None
     if not kw.get("skip_reshape"):
@@ -51,7 +58,7 @@ def explicit_call(q, k, v, heads, mask=None, attn_precision=None, *, text, maske
     if mask is not None and mask.ndim < 4:
         mask = mask[None, None] if mask.ndim == 2 else mask[:, None]
     masked = masked and text > 0
-    out = explicit(q, k, v, text, masked, mask if masked else None, kw.get("scale", q.shape[-1] ** -0.5)).to(q.dtype)
+    out = explicit(q, k, v, text, masked, mask if masked else None, kw.get("scale", q.shape[-1] ** -0.5), last).to(q.dtype)
     return out if kw.get("skip_output_reshape") else out.transpose(1, 2).flatten(2)
 
 
@@ -63,7 +70,8 @@ class Case:
     """A network of the host with random weights, its inputs for three rows, and what an independent look at it says.
 
     layers: the names of some layers and, for each, the module inside which its attention runs. In that module, attention call
-    number i is the one to perturb if i < len(texts), and has texts[i] text tokens in front.
+    number i is the one to perturb if i < len(texts), and has texts[i] text tokens in front or, with ``last``, behind.
+    namespace: the module of the host that holds the name of its attention function, where that gets no transformer options.
     """
 
     network: nn.Module
@@ -72,6 +80,8 @@ class Case:
     layers: dict[str, nn.Module]
     texts: Sequence[int] = (0,)
     options: dict[str, Any] = field(default_factory=dict)
+    last: bool = False
+    namespace: Any = None
 
     def run(self, rows: Sequence[int] = (0, 1, 2), **options: Any) -> Tensor:
         """The network's output for these rows with these transformer options."""
@@ -81,7 +91,9 @@ class Case:
 
         kwargs = {name: pick(x) for name, x in self.kwargs.items()}
         options = {"cond_or_uncond": list(range(len(rows))), **self.options, **options}
-        with torch.inference_mode():
+        with torch.inference_mode(), ExitStack() as stack:
+            for around in options.get(AROUND, ()):
+                stack.enter_context(around(self.network))
             return self.network(*map(pick, self.args), **kwargs, transformer_options=options)
 
     def rule(self, layers: str, joint: str = "masked") -> IdentityAttention:
@@ -100,7 +112,7 @@ class Case:
             if state.calls is None or state.calls >= len(self.texts):
                 return func(*args, **kwargs)
             state.calls += 1
-            return explicit_call(*args, text=self.texts[state.calls - 1], masked=joint == "masked", **kwargs)
+            return explicit_call(*args, text=self.texts[state.calls - 1], masked=joint == "masked", last=self.last, **kwargs)
 
         for name in layers:
             module = self.layers[name]
@@ -113,6 +125,9 @@ class Case:
                     state.calls = None
 
             monkeypatch.setattr(module, "forward", forward)
+        if self.namespace is not None:
+            ordinary = self.namespace.optimized_attention
+            monkeypatch.setattr(self.namespace, "optimized_attention", partial(override, ordinary))
         out = self.run(optimized_attention_override=override, **options)
         monkeypatch.undo()
         return out

@@ -13,6 +13,8 @@ Wrappers, additional models (on a ModelPatcher):
                 us. Written around apply_model; the APPLY_MODEL wrapper reads
     NARROWED    in a part of a call: which rows of its chunks it has (None: all), and the uuids that the chunks have in the whole call.
                 The APPLY_MODEL wrapper writes; FreCaS's maps read
+    AROUND      what has to be put around modules of the network for this forward pass: functions of the network that give a context
+                manager. Perturbed attention writes; the APPLY_MODEL wrapper enters them
     CHUNKS      in a part of an attention call: which chunks of the forward pass it has. Perturbed attention writes; it and the maps read
 
 Attribute of a MODEL:
@@ -36,6 +38,7 @@ RUN = "lodestar_run"
 TELEMETRY = "lodestar_telemetry"
 LABELS = "lodestar_labels"
 NARROWED = "lodestar_narrowed"
+AROUND = "lodestar_around"
 CHUNKS = "lodestar_chunks"
 
 OWN_WEIGHTS = "lodestar_own_weights"

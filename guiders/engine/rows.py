@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import comfy.conds
@@ -19,7 +19,7 @@ from torch import Tensor
 from ..spaces import on_device_of
 from .choice import Rows
 from .compiling import uncompiled
-from .keys import LABELS, LODESTAR, NARROWED, RUN, options_of, with_options
+from .keys import AROUND, LABELS, LODESTAR, NARROWED, RUN, options_of, with_options
 from .run import Run
 
 Groups = list[tuple[list[int], list[int]]]  # chunks of a batch, and the rows that they need
@@ -53,7 +53,11 @@ def _with_variants(
     for variant in variants:
         options = variant.patch(options, [branch is not None and branch.variant == variant for branch in branches])
     args, kwargs = with_options(options, args, kwargs)
-    with uncompiled() if variants else nullcontext():
+    with ExitStack() as stack:
+        if variants:
+            stack.enter_context(uncompiled())
+        for around in options.get(AROUND, ()):
+            stack.enter_context(around(executor.class_obj.diffusion_model))
         return executor(x, t, *args, **kwargs)
 
 

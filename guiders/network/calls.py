@@ -82,6 +82,11 @@ class Call:
         return self.func(self.q, self.k, self.v, self.heads, mask=self.mask, attn_precision=self.precision, **self.options)
 
     @property
+    def transformer_options(self) -> dict[str, Any]:
+        """The options of the forward pass; none where the network does not hand them on."""
+        return self.options.get("transformer_options", {})
+
+    @property
     def tokens(self) -> int:
         """The dimension of the tokens of q, k, v."""
         return 2 if self.options.get("skip_reshape") else 1
@@ -100,13 +105,13 @@ class Call:
         """The call for the flagged chunks of the batch alone."""
         q, k, v = (take(x, flags) for x in (self.q, self.k, self.v))
         mask = self.mask if self.mask is None or len(self.mask) == 1 else take(self.mask, flags)
-        options = {**self.options, "transformer_options": narrowed(self.options["transformer_options"], flags)}
+        options = {**self.options, "transformer_options": narrowed(self.transformer_options, flags)}
         return replace(self, q=q, k=k, v=v, mask=mask, options=options)
 
-    def text_queries(self, text: int) -> Call:
-        """The call for the first ``text`` queries alone."""
-        mask = self.mask if self.mask is None or self.mask.shape[-2] == 1 else self.mask[..., :text, :]
-        return replace(self, q=self.q.narrow(self.tokens, 0, text), mask=mask)
+    def queries(self, part: slice) -> Call:
+        """The call for some of the queries alone."""
+        mask = self.mask if self.mask is None or self.mask.shape[-2] == 1 else self.mask[..., part, :]
+        return replace(self, q=self.q.narrow(self.tokens, part.start, part.stop - part.start), mask=mask)
 
     def by_head(self) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v as [B, heads, N, d]; grouped heads of k and v repeated."""

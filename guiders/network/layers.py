@@ -4,6 +4,7 @@ Names, in a comma-separated list:
     middle, input:7, output:3.1, input:4-8.0-1   UNet: stack, block (the host's number) and transformer sub-block
     m0, d2.2-9, u0.4, d0-3                       UNet: d/m/u count the encoder's/middle/decoder's attention blocks
     double:7, double:4-9, single:12              DiT: stack and block
+    down:3, up:0-8                               Stable Cascade: stack and number of the attention in it
     auto, middle                                 UNet: its middle block. DiT: the block in the middle of its depth
 """
 
@@ -13,48 +14,99 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from operator import attrgetter
 from typing import Any, Literal
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """How the host lets us reach self-attention in one class of diffusion model.
+    """How self-attention is reached in one class of diffusion model.
 
     hook: how a layer is reached.
         attn1: the UNet's own replacement of self-attention.
         block: a replacement around ("double_block", i) or ("single_block", i), inside which attention is overridden.
         index: the same override in every block, told apart by ``transformer_options["block_index"]``.
         pairs: likewise, but older hosts leave the index out: there the calls are counted, two in a block.
-    joint: text and image tokens share one attention, text first. Otherwise a block begins with its self-attention.
+        module: the same override, inside a wrapper around the block.
+        call: a wrapper around the block's attention, which calls the host's attention without the options that carry an override.
+    joint: text and image tokens share one attention. Otherwise a block begins with its self-attention.
     stacks: the names of the stacks of blocks and the attributes of the model that hold them.
+    image_first: the image's tokens come before the text's.
+    image_asks: the queries are the image's tokens alone, the keys those of both.
+    measured: what is counted before the blocks, "text" or "image", and the module whose results are counted.
+    attention: where a block has its attention, for ``call``.
+    only: the class of the blocks, where a stack holds others too.
     """
 
-    hook: Literal["attn1", "block", "index", "pairs"]
+    hook: Literal["attn1", "block", "index", "pairs", "module", "call"]
     joint: bool
     stacks: tuple[tuple[str, str], ...]
+    image_first: bool = False
+    image_asks: bool = False
+    measured: tuple[str, str] | None = None
+    attention: str = ""
+    only: str = ""
 
 
 _UNET_STACKS = (("input", "input_blocks"), ("middle", "middle_block"), ("output", "output_blocks"))
 UNET = Architecture("attn1", False, _UNET_STACKS)
 _STREAMS = Architecture("block", True, (("double", "double_blocks"), ("single", "single_blocks")))
+_TRANSFORMER_BLOCKS = (("double", "transformer_blocks"),)
+_BLOCKS, _LAYERS = (("double", "blocks"),), (("double", "layers"),)
+_CASCADE = Architecture("module", True, (("down", "down_blocks"), ("up", "up_blocks")), True, image_asks=True, only="AttnBlock")
+_TEXT = ("text", "time_caption_embed.caption_embedder")
 
-# Class names of the host, looked up along the inheritance of a diffusion model; None: a subclass that no hook reaches.
-ARCHITECTURES: dict[str, Architecture | None] = {
+# Class names of the host, looked up along the inheritance of a diffusion model.
+ARCHITECTURES: dict[str, Architecture] = {
     "UNetModel": UNET,
+    "StageC": _CASCADE,  # Stable Cascade
+    "StageB": _CASCADE,
     "OpenAISignatureMMDITWrapper": Architecture("block", True, (("double", "joint_blocks"),)),
     "Flux": _STREAMS,
     "Chroma": _STREAMS,
     "HunyuanVideo": _STREAMS,
-    "QwenImageTransformer2DModel": Architecture("block", True, (("double", "transformer_blocks"),)),
-    "WanModel": Architecture("block", False, (("double", "blocks"),)),
-    "CausalWanModel": None,
-    "LTXVModel": Architecture("block", False, (("double", "transformer_blocks"),)),
-    "LTXAVModel": None,
+    "QwenImageTransformer2DModel": Architecture("block", True, _TRANSFORMER_BLOCKS),
+    "MageFlowTransformer2DModel": Architecture("block", True, _TRANSFORMER_BLOCKS),
+    "LensTransformer2DModel": Architecture("block", True, _TRANSFORMER_BLOCKS, image_first=True),
+    "JoyImageTransformer3DModel": Architecture("block", True, (("double", "double_blocks"),), image_first=True),
+    "AsymmDiTJoint": Architecture("block", True, _BLOCKS, image_first=True),  # Mochi
+    "WanModel": Architecture("block", False, _BLOCKS),
+    "LTXVModel": Architecture("block", False, _TRANSFORMER_BLOCKS),  # with LTX-AV, whose blocks begin with the video's
     "Kandinsky5": Architecture("index", False, (("double", "visual_transformer_blocks"),)),
     "MMDiT": Architecture("block", True, (("double", "double_layers"), ("single", "single_layers"))),  # AuraFlow
-    "NextDiT": Architecture("index", True, (("double", "layers"),)),  # Lumina 2, Z-Image
+    "NextDiT": Architecture("index", True, _LAYERS),  # Lumina 2, Z-Image
     "SingleStreamDiT": Architecture("index", True, (("single", "blocks"),)),  # Krea 2
-    "MiniTrainDIT": Architecture("pairs", False, (("double", "blocks"),)),  # Cosmos-Predict2, Anima
+    "HiDreamO1Transformer": Architecture("index", True, (("double", "language_model.layers"),), image_asks=True),
+    "MiniTrainDIT": Architecture("pairs", False, _BLOCKS),  # Cosmos-Predict2, Anima
+    "GeneralDIT": Architecture("module", False, _BLOCKS),  # Cosmos 1
+    "HiDreamImageTransformer2DModel": Architecture(
+        "module", True, (("double", "double_stream_blocks"), ("single", "single_stream_blocks")), True, measured=("image", "x_embedder")
+    ),
+    "OmniGen2Transformer2DModel": Architecture("module", True, _LAYERS, measured=_TEXT),
+    "BooguTransformer2DModel": Architecture(
+        "module", True, (("double", "double_stream_layers"), ("single", "single_stream_layers")), measured=_TEXT
+    ),
+    "Ideogram4Transformer2DModel": Architecture("module", True, _LAYERS, measured=("text", "llm_cond_proj")),
+    "PixDiT_T2I": Architecture("module", True, (("double", "patch_blocks"), ("single", "pixel_blocks")), measured=("image", "s_embedder")),
+    "CogVideoXTransformer3DModel": Architecture("module", True, _BLOCKS, measured=("text", "patch_embed.text_proj")),
+    "ErnieImageModel": Architecture("call", True, _LAYERS, True, measured=("image", "x_embedder"), attention="self_attention"),
+    "PixArtMS": Architecture("call", False, _BLOCKS, attention="attn"),
+    "HunYuanDiT": Architecture("call", False, _BLOCKS, attention="attn1"),
+}
+
+_SOUND = "it makes sound, and perturbed attention is for pictures and video"
+_SHAPES = "it makes shapes, and perturbed attention is for pictures and video"
+# Classes that are refused, also where a base class of theirs is in the table, and why.
+REFUSED: dict[str, str] = {
+    "CausalWanModel": "its memory of earlier frames has no room for the rows of another branch",
+    "NaDiT": "it reads its batch as one positive and one negative prompt, and has no room for the rows of another branch",
+    "MiniMaxH3Model": "it packs text, pictures, sound and video into one sequence of its own order",
+    "AudioDiffusionTransformer": _SOUND,
+    "ACEStepTransformer2DModel": _SOUND,
+    "AceStepConditionGenerationModel": _SOUND,
+    "Hunyuan3Dv2": _SHAPES,
+    "HunYuanDiTPlain": _SHAPES,
+    "LatentSeqMMFlowModel": _SHAPES,
 }
 
 
@@ -71,14 +123,27 @@ class Layer:
 
 def architecture_of(diffusion_model: Any) -> Architecture:
     """The architecture of a model, through its base classes; ValueError if its attention cannot be reached."""
-    name = next((cls.__name__ for cls in type(diffusion_model).__mro__ if cls.__name__ in ARCHITECTURES), None)
+    own = type(diffusion_model).__name__
+    name = next((cls.__name__ for cls in type(diffusion_model).__mro__ if cls.__name__ in ARCHITECTURES or cls.__name__ in REFUSED), own)
     architecture = ARCHITECTURES.get(name)
-    if architecture is None or not all(hasattr(diffusion_model, attribute) for _, attribute in architecture.stacks):
-        raise ValueError(
-            "Perturbed attention is not available for this model: no known hook of ComfyUI reaches the self-attention of "
-            f"{type(diffusion_model).__name__}."
-        )
+    if architecture is None or not all(_has(diffusion_model, attribute) for _, attribute in architecture.stacks):
+        reason = REFUSED.get(name, "no known hook of ComfyUI reaches its self-attention")
+        raise ValueError(f"Perturbed attention is not available for this model ({own}): {reason}.")
     return architecture
+
+
+def blocks_of(diffusion_model: Any, architecture: Architecture, stack: str) -> list[Any]:
+    """The modules of one stack of a transformer, in their order."""
+    held = attrgetter(dict(architecture.stacks)[stack])(diffusion_model)
+    if architecture.only:
+        return [module for module in held.modules() if type(module).__name__ == architecture.only and module.self_attn]
+    return list(held.values() if hasattr(held, "values") else held)
+
+
+def module_of(diffusion_model: Any, layer: Layer) -> Any:
+    """The block of a transformer's layer or, where the architecture says so, the attention in it."""
+    block = blocks_of(diffusion_model, layer.architecture, layer.stack)[layer.block]
+    return getattr(block, layer.architecture.attention) if layer.architecture.attention else block
 
 
 def resolve_layers(model: Any, text: str) -> tuple[Layer, ...]:
@@ -117,8 +182,19 @@ def _layers(diffusion_model: Any, architecture: Architecture) -> Iterator[tuple[
         for (stack, i, sub), inner, video in _unet_blocks(diffusion_model):
             yield (None if inner.disable_self_attn else Layer(architecture, stack, i, sub, video)), (stack, i)
         return
-    for stack, attribute in architecture.stacks:
-        yield from ((Layer(architecture, stack, i), (stack, i)) for i in range(len(getattr(diffusion_model, attribute))))
+    for stack, _ in architecture.stacks:
+        for i, block in enumerate(blocks_of(diffusion_model, architecture, stack)):
+            attention = getattr(block, architecture.attention, block)
+            compressed = getattr(attention, "sr_ratio", 1) > 1  # PixArt: fewer keys than queries
+            yield (None if compressed else Layer(architecture, stack, i)), (stack, i)
+
+
+def _has(diffusion_model: Any, path: str) -> bool:
+    try:
+        attrgetter(path)(diffusion_model)
+    except AttributeError:
+        return False
+    return True
 
 
 def _unet_blocks(diffusion_model: Any) -> Iterator[tuple[tuple[str, int, int], Any, bool]]:

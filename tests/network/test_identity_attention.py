@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from network_tools import BUILD, Case, T, build_mmdit, build_unet, random
+from network_cases import BUILD
+from network_tools import Case, T, build_mmdit, build_unet, random
 from torch import Tensor
 
 # --- every architecture ----------------------------------------------------------------------------------------------
@@ -35,7 +36,7 @@ def test_perturbed_rows_equal_the_oracle_and_the_others_do_not_change(case, join
     assert torch.equal(case.perturbed(rule, [False, False, False]), clean)
 
 
-@pytest.mark.parametrize("name", ["unet", "svd", "mmdit", "flux", "lumina", "wan", "cosmos_predict2"])
+@pytest.mark.parametrize("name", ["unet", "svd", "mmdit", "flux", "lumina", "wan", "cosmos_predict2", "ernie", "hidream", "cosmos"])
 def test_rules_for_different_chunks_go_together(name, host):
     """Two perturbations in one batch, one of them chained to the other, and no dictionary that was given changes."""
     case = BUILD[name]()
@@ -50,7 +51,7 @@ def test_rules_for_different_chunks_go_together(name, host):
     assert torch.equal(both[1], case.run()[1])
 
 
-@pytest.mark.parametrize("name", ["unet", "mmdit", "flux", "wan", "lumina"])
+@pytest.mark.parametrize("name", ["unet", "mmdit", "flux", "wan", "lumina", "hidream", "pixeldit"])
 def test_an_override_that_is_there_computes_everything_that_is_left(name, host):
     """Sage and flash attention nodes go on, see only the rows that need attention, and can read which these are."""
     case = BUILD[name]()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from lodestar.guiders.network.layers import ARCHITECTURES, Layer, resolve_layers
+from lodestar.guiders.network.layers import ARCHITECTURES, REFUSED, Layer, resolve_layers
 
 # The host's own configurations of SD 1.5 and SDXL, built without memory on the meta device.
 SD15 = {
@@ -157,9 +158,26 @@ def test_video_unets_are_known_by_their_temporal_attention(host):
     assert all(layer.video for layer in resolve_layers(network, "m0,d0-5"))
 
 
-@pytest.mark.parametrize("name", ["PixArtMS", "HunYuanDiT", "ErnieImageModel", "HiDreamImageTransformer2DModel", "CausalWanModel"])
-def test_other_architectures_are_refused_by_name(name):
-    with pytest.raises(ValueError, match=rf"^Perturbed attention is not available .* reaches the self-attention of {name}\.$"):
+def test_blocks_in_other_forms(host):
+    """Blocks under a longer path, in a dict, between others and with compressed keys."""
+    from network_cases import build_cascade, build_cosmos, build_hidream_o1
+
+    def found(network: Any, text: str) -> list[str]:
+        return short(resolve_layers(model(network), text))
+
+    assert found(build_cosmos().network, "auto") == ["double:1.0"]
+    assert found(build_cascade().network, "auto, down:0-1") == ["down:0.0", "down:1.0", "up:0.0"]
+    assert found(build_hidream_o1().network, "double:0-2") == ["double:0.0", "double:1.0", "double:2.0"]
+    blocks = [SimpleNamespace(attn=SimpleNamespace(sr_ratio=ratio)) for ratio in (1, 1, 1, 2)]
+    pixart = type("PixArtMS", (), {"blocks": blocks})()
+    assert found(pixart, "auto") == ["double:1.0"]
+    with pytest.raises(ValueError, match=r"layer 'double:3'; it has double:0-2\.$"):
+        found(pixart, "double:3")
+
+
+@pytest.mark.parametrize("name, reason", [("SomeNewModel", "no known hook of ComfyUI reaches its self-attention"), *REFUSED.items()])
+def test_other_architectures_are_refused_by_name(name, reason):
+    with pytest.raises(ValueError, match=rf"^Perturbed attention is not available for this model \({name}\): {reason}\.$"):
         resolve_layers(named(name, blocks=30), "auto")
 
 
@@ -170,11 +188,38 @@ def test_subclasses_count_and_their_exceptions_too():
         resolve_layers(model(type("CausalWanModel", (wan,), {})()), "auto")
 
 
+SINCE = {
+    "SingleStreamDiT", "CausalWanModel", "MageFlowTransformer2DModel", "LensTransformer2DModel", "JoyImageTransformer3DModel",
+    "HiDreamO1Transformer", "BooguTransformer2DModel", "Ideogram4Transformer2DModel", "PixDiT_T2I", "CogVideoXTransformer3DModel",
+    "ErnieImageModel", "NaDiT", "MiniMaxH3Model", "LatentSeqMMFlowModel",
+}  # fmt: skip
+
+
 def test_every_architecture_of_the_table_is_a_class_of_the_host(host):
-    """A renamed class would silently be refused. The newest two are not in older hosts."""
+    """A renamed class would silently be refused. Some are not in older hosts."""
     import sys
 
     import comfy.model_base  # imports them all
 
     classes = {name for module in sys.modules.values() if module.__name__.startswith("comfy.ldm.") for name in vars(module)}
-    assert comfy.model_base and set(ARCHITECTURES) - classes <= {"SingleStreamDiT", "CausalWanModel"}
+    assert comfy.model_base and {*ARCHITECTURES, *REFUSED} - classes <= SINCE
+
+
+def test_every_diffusion_model_of_the_host_is_in_the_table_or_refused_with_a_reason(host):
+    """Those that make nothing aside: they detect and measure."""
+    import inspect
+
+    import comfy.model_base
+
+    text = inspect.getsource(comfy.model_base)
+    names = {name.rpartition(".")[2] for name in re.findall(r"unet_model=([\w.]+)", text)} - {"unet_model", *DETECT}
+    classes = {cls.__name__: cls for cls in subclasses(torch.nn.Module) if cls.__module__.startswith("comfy.ldm.")}
+    unknown = [name for name in names if not {base.__name__ for base in classes[name].__mro__} & {*ARCHITECTURES, *REFUSED}]
+    assert len(names) > 25 and unknown == []
+
+
+DETECT = {"RTv4", "DepthAnything3Net", "SAM3Model"}
+
+
+def subclasses(cls: type) -> set[type]:
+    return {cls}.union(*(subclasses(below) for below in type.__subclasses__(cls)))
