@@ -97,3 +97,32 @@ def test_help_pages_are_served(url):
     for name in ours:
         with NO_PROXY.open(f"{url}/extensions/lodestar/docs/{name}.md", timeout=60) as answer:
             assert answer.read().decode().startswith("#"), name
+        with NO_PROXY.open(f"{url}/extensions/lodestar/docs/{name}/zh.md", timeout=60) as answer:
+            assert answer.read().decode().startswith("#"), name
+
+
+def test_the_help_panel_shows_a_page_and_enlarges_its_picture(page, shots):
+    """In Chinese, as narrow as the panel is: the picture fits, opens at its own size on a click, and closes."""
+    open_help = """async () => {
+        await app.extensionManager.setting.set('Comfy.Locale', 'zh');
+        app.extensionManager.sidebarTab.activeSidebarTabId = 'node-library';
+        const stores = document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia._s;
+        while (!stores.get('nodeHelp')) await new Promise(requestAnimationFrame);
+        stores.get('nodeHelp').openHelp(stores.get('nodeDef').nodeDefsByName.LodestarAPG);
+    }"""
+    try:
+        page.evaluate(open_help)
+        picture = page.locator(".node-help-content img")
+        picture.wait_for()
+        assert page.locator(".node-help-content h1").inner_text() == "APG（自适应投影引导）"
+        page.screenshot(path=shots / "help_zh.png")
+        picture.click()
+        whole = page.locator("dialog.lodestar-picture img")
+        whole.wait_for()
+        width, natural = whole.evaluate("async image => { await image.decode(); return [image.clientWidth, image.naturalWidth] }")
+        assert width == min(natural, round(0.95 * 1280)) > picture.evaluate("image => image.clientWidth")
+        page.keyboard.press("Escape")
+        whole.wait_for(state="detached")
+    finally:
+        page.evaluate("async () => app.extensionManager.setting.set('Comfy.Locale', 'en')")
+    assert not page.errors
