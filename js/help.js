@@ -13,6 +13,7 @@ function enlarge(picture) {
   dialog.setAttribute("aria-label", picture.alt);
   dialog.append(Object.assign(new Image(), { src: picture.src, alt: picture.alt }));
   dialog.addEventListener("click", () => dialog.close());
+  dialog.addEventListener("keydown", ({ key }) => key === "Escape" && dialog.close()); // the front end has Escape for itself
   dialog.addEventListener("close", () => dialog.remove());
   document.body.append(dialog);
   dialog.showModal();

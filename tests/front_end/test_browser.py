@@ -101,26 +101,33 @@ def test_help_pages_are_served(url):
             assert answer.read().decode().startswith("#"), name
 
 
+OPEN_HELP = """async id => {
+    const stores = document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia._s;
+    const node = LiteGraph.createNode(id);
+    app.graph.add(node);
+    app.canvas.selectItems([node]);
+    stores.get('canvas').updateSelectedItems();
+    await new Promise(resolve => setTimeout(resolve, 500)); // until the panel has turned to the selection
+    stores.get('rightSidePanel').openPanel('info');
+}"""
+
+
 def test_the_help_panel_shows_a_page_and_enlarges_its_picture(page, shots):
-    """In Chinese, as narrow as the panel is: the picture fits, opens at its own size on a click, and closes."""
-    open_help = """async () => {
-        await app.extensionManager.setting.set('Comfy.Locale', 'zh');
-        app.extensionManager.sidebarTab.activeSidebarTabId = 'node-library';
-        const stores = document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia._s;
-        while (!stores.get('nodeHelp')) await new Promise(requestAnimationFrame);
-        stores.get('nodeHelp').openHelp(stores.get('nodeDef').nodeDefsByName.LodestarAPG);
-    }"""
+    """In Chinese: tables and picture fit the panel. The picture opens at its own size on a click, and Escape closes it."""
     try:
-        page.evaluate(open_help)
+        page.evaluate("async () => app.extensionManager.setting.set('Comfy.Locale', 'zh')")
+        page.evaluate(OPEN_HELP, "LodestarAPG")
         picture = page.locator(".node-help-content img")
         picture.wait_for()
         assert page.locator(".node-help-content h1").inner_text() == "APG（自适应投影引导）"
+        widths = "tables => tables.every(table => table.scrollWidth <= table.parentElement.clientWidth)"
+        assert page.locator(".node-help-content table").evaluate_all(widths)
         page.screenshot(path=shots / "help_zh.png")
         picture.click()
         whole = page.locator("dialog.lodestar-picture img")
         whole.wait_for()
         width, natural = whole.evaluate("async image => { await image.decode(); return [image.clientWidth, image.naturalWidth] }")
-        assert width == min(natural, round(0.95 * 1280)) > picture.evaluate("image => image.clientWidth")
+        assert width == natural > 2 * picture.evaluate("image => image.clientWidth")
         page.keyboard.press("Escape")
         whole.wait_for(state="detached")
     finally:

@@ -75,7 +75,7 @@ def test_the_page_names_the_node_and_all_its_inputs(schemas, page):
     assert text.startswith(f"# {labels['display_name'] if labels else schema.display_name}\n")
     for entry in schema.inputs:
         name = entry.display_name or entry.id
-        label = "" if labels is None or labels["inputs"][entry.id]["name"] == name else f" {labels['inputs'][entry.id]['name']}"
+        label = "" if labels is None or labels["inputs"][entry.id]["name"] == name else f"<br>{labels['inputs'][entry.id]['name']}"
         assert re.search(rf"^\| .*`{name}`{label}(?!\w).* \|", text, re.MULTILINE), name + label
         options = getattr(entry, "options", None) or ()
         for option in () if options in of_the_host or entry.id == "file" else options:  # the files that there are
