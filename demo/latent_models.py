@@ -115,7 +115,7 @@ _CONFIGS = {
     ("unet", "main"): lambda: SceneUNet(_unet_config(64, 1)),
     ("unet", "weak"): lambda: SceneUNet(_unet_config(32, 1)),
     ("mmdit", "main"): lambda: SceneMMDiT(_mmdit_config(2, 6)),
-    ("mmdit", "weak"): lambda: SceneMMDiT(_mmdit_config(1, 4)),
+    ("mmdit", "weak"): lambda: SceneMMDiT(_mmdit_config(1, 3)),
 }
 
 

@@ -38,6 +38,7 @@ from torch import Tensor
 
 import nodes
 from lodestar.guiders.engine.attach import attach
+from lodestar.guiders.engine.keys import AROUND
 from lodestar.guiders.engine.log import last_log
 from lodestar.guiders.engine.plan import Rule, plan_of
 from lodestar.guiders.network.identity_attention import IdentityAttention
@@ -96,6 +97,12 @@ AV = {
 }  # fmt: skip
 
 
+PIXART = {
+    "image_model": "pixart_alpha", "hidden_size": 48, "depth": 3, "num_heads": 2, "caption_channels": CONTEXT, "model_max_length": 5,
+    "micro_condition": False, "dtype": torch.float32,
+}  # fmt: skip
+
+
 def fill(network: torch.nn.Module, seed: int = 0) -> None:
     """Random weights for layers that the host leaves uninitialised: unit gain, so that attention and conditioning matter."""
     generator = torch.Generator().manual_seed(seed)
@@ -117,13 +124,17 @@ def patcher(network: comfy.model_base.BaseModel, seed: int = 0) -> comfy.model_p
 
 
 def tiny(kind: str, seed: int = 0, **changes: Any) -> comfy.model_patcher.ModelPatcher:
-    """One of KINDS, "wan" (video) or "av" (video and audio), with random weights; ``changes`` go into the network's configuration."""
+    """One of KINDS, "wan" (video), "av" (video and audio) or "pixart" (its latents are not square), with random weights.
+
+    ``changes`` go into the network's configuration.
+    """
     configs = {
         "unet": (TinyUNet, UNET),
         "unet_v": (TinyUNetV, UNET),
         "mmdit": (comfy.supported_models.SD3, MMDIT),
         "wan": (comfy.supported_models.WAN21_T2V, WAN),
         "av": (getattr(comfy.supported_models, "LTXAV", None), AV),
+        "pixart": (comfy.supported_models.PixArtAlpha, PIXART),
     }
     family, settings = configs[kind]
     config = family(settings | changes)
@@ -138,8 +149,9 @@ def cond(seed: int, tokens: int = 5, width: int = CONTEXT, **extra: Any) -> list
 
 
 def empty_latent(model: Any, batch: int = 1, size: int = 16) -> Tensor:
-    """Zeros [batch, channels, size, size]."""
-    return torch.zeros(batch, model.model.latent_format.latent_channels, size, size)
+    """Zeros [batch, channels, size, size]; PixArt divides by the mean of both sides in units of 64, so that one is 64."""
+    width = 64 if type(model.model.diffusion_model).__name__ == "PixArtMS" else size
+    return torch.zeros(batch, model.model.latent_format.latent_channels, size, width)
 
 
 def sample(
@@ -285,8 +297,11 @@ def _perturbed(args: dict[str, Any], perturbation: IdentityAttention) -> Tensor:
     """One evaluation of the positive conditioning with identity attention in all rows."""
 
     def perturb(executor: Any, x: Tensor, t: Tensor, *more: Any, **kwargs: Any) -> Tensor:
-        options = more[3]
-        return executor(x, t, *more[:3], perturbation.patch(options, [True] * len(options["cond_or_uncond"])), *more[4:], **kwargs)
+        options = perturbation.patch(more[3], [True] * len(more[3]["cond_or_uncond"]))
+        with contextlib.ExitStack() as stack:
+            for around in options.get(AROUND, ()):
+                stack.enter_context(around(executor.class_obj.diffusion_model))
+            return executor(x, t, *more[:3], options, *more[4:], **kwargs)
 
     options = comfy.model_patcher.create_model_options_clone(args["model_options"])
     wrappers = options["transformer_options"].setdefault("wrappers", {}).setdefault(WrappersMP.APPLY_MODEL, {})

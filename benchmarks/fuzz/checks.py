@@ -192,12 +192,16 @@ def _refusal(graph: Graph, error: Exception) -> tuple[str, str]:
     text = str(error).strip()
     if isinstance(error, (ValueError, RuntimeError)) and "\n" not in text and any(name in text for name in our_names()):
         return REFUSED, text
-    try:
-        build(plain(graph)).sample()
-    except Exception as other:
-        if type(other) is type(error):
-            return HOST, described(other)
-        raise Failure(f"{described(error)}, without us {described(other)}") from error
+    alone = plain(graph)
+    name, inputs = alone.sampling
+    one_prompt = replace(alone, sampling=(name, inputs | {"cfg": 1.0}))  # so it also evaluates in a step without guidance
+    for graph_of_host in (alone, one_prompt):
+        try:
+            build(graph_of_host).sample()
+        except Exception as other:
+            if type(other) is type(error):
+                return HOST, described(other)
+            raise Failure(f"{described(error)}, without us {described(other)}") from error
     raise Failure(described(error)) from error
 
 

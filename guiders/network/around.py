@@ -14,6 +14,7 @@ from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
 
+_ATTENTION = "optimized_attention"  # the host's function, by the name under which its networks import it
 Transform = Callable[[Callable], Callable]  # from a module's forward to the one that runs in its place
 
 _lock = threading.Lock()
@@ -74,6 +75,3 @@ def with_attention(forward: Any, override: Callable) -> Callable | None:
     copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
     return MethodType(copy, forward.__self__)
-
-
-_ATTENTION = "optimized_attention"

@@ -98,9 +98,9 @@ _SOUND = "it makes sound, and perturbed attention is for pictures and video"
 _SHAPES = "it makes shapes, and perturbed attention is for pictures and video"
 # Classes that are refused, also where a base class of theirs is in the table, and why.
 REFUSED: dict[str, str] = {
-    "CausalWanModel": "its memory of earlier frames has no room for the rows of another branch",
-    "NaDiT": "it reads its batch as one positive and one negative prompt, and has no room for the rows of another branch",
-    "MiniMaxH3Model": "it packs text, pictures, sound and video into one sequence of its own order",
+    "CausalWanModel": "its memory of earlier frames has no room for another branch",
+    "NaDiT": "it reads its batch as one positive and one negative prompt, and has no room for another branch",
+    "MiniMaxH3Model": "it takes one row at a time, and another branch is a second one",
     "AudioDiffusionTransformer": _SOUND,
     "ACEStepTransformer2DModel": _SOUND,
     "AceStepConditionGenerationModel": _SOUND,

@@ -34,6 +34,14 @@ def refuse_queries(layer: Layer, before: Sequence[str]) -> NoReturn:
     )
 
 
+def refuse_replaced(layer: Layer) -> NoReturn:
+    """Raise ValueError where a chosen layer does not ask the host for its attention."""
+    raise ValueError(
+        f"PAG (Perturbed-Attention Guidance) does not reach the layer {listing((layer,))}: another node has replaced its attention; "
+        "perturb other layers, or bypass that node."
+    )
+
+
 @dataclass(frozen=True)
 class _Found:
     """A self-attention of a chosen block. image: the image's among the keys; own: the queries' among the keys."""
@@ -55,13 +63,14 @@ class _RunningBlock:
     Without joint attention a block begins with its self-attention, in one call or in several that each take the next of the
     queries (LTXV's guide frames); whatever comes after it is cross-attention.
 
-    text, image, total: numbers of tokens that are known when it begins.
+    text, image, total: numbers of tokens that are known when it begins. asked: whether it has called the host's attention.
     """
 
     layer: Layer
     text: int | None = None
     image: int | None = None
     total: int | None = None
+    asked: bool = False
     seen: int = 0
     length: int | None = None
 
@@ -118,6 +127,8 @@ class OverriddenAttention:
         self.block = block
         try:
             out = run()
+            if any(self.perturbed) and not block.asked:
+                refuse_replaced(block.layer)
             if any(self.perturbed) and not block.complete:
                 refuse_queries(block.layer, self.before)
             return out
@@ -142,10 +153,7 @@ class OverriddenAttention:
         if self.architecture.hook == "call":
             forward = with_attention(forward, self)
             if forward is None:
-                raise ValueError(
-                    f"PAG (Perturbed-Attention Guidance) does not reach the layer {listing((layer,))}: another node has replaced its "
-                    "attention; perturb other layers, or bypass that node."
-                )
+                refuse_replaced(layer)
         return lambda *args, **kwargs: self._inside(self._begun(layer), partial(forward, *args, **kwargs))
 
     def _begun(self, layer: Layer) -> _RunningBlock:
@@ -194,6 +202,7 @@ class OverriddenAttention:
 
     def _found(self, queries: int, keys: int) -> _Found | None:
         block = self.block
+        block.asked = True
         if not self.architecture.joint:
             own = block.own(queries, keys)
             return None if own is None else _Found(slice(0, keys), own, keys)

@@ -128,6 +128,15 @@ def test_refusals_are_told_apart(fuzz):
     assert refused.kind == fuzz.REFUSED and refused.text.startswith("AG (Adaptive Guidance) and AG (Adaptive Guidance) both decide")
     by_host = fuzz.outcome(graph((("LodestarAPG", {}), ("TemporalScoreRescaling", {}))))  # it knows one image at a time
     assert by_host.kind == fuzz.HOST and "ambiguous" in by_host.text
+    pieces = [
+        ("PatchModelAddDownscale", {"block_number": 1, "end_percent": 0.4}),
+        ("LodestarGuidanceInterval", {"start_percent": 0.2, "end_percent": 0.7}),
+    ]
+    area = ("area", {"seed": 24, "width": 32, "height": 32, "x": 16, "y": 0, "strength": 0.8})
+    latent = {"batch": 1, "height": 16, "width": 16}
+    single = graph(pieces, kind="unet_v", positive=(area,), latent=latent, sampling=("KSampler", {**EULER, "cfg": 0.0}))
+    by_host = fuzz.outcome(single)  # a norm of one value: it takes two prompts in a call, or another size
+    assert by_host.kind == fuzz.HOST and "more than 1 value" in by_host.text
 
 
 def test_what_the_checks_see(fuzz, monkeypatch):

@@ -168,7 +168,7 @@ def test_context_windows_over_a_batch_of_pictures():
 def test_packed_latents_are_measured_part_by_part():
     model, weak = tiny("av"), tiny("av", seed=7)
     plain = packed_run(model)
-    rules = [APG(momentum=-0.5, norm_threshold=2.0), Autoguidance(weak_model=weak, scale=1.5)]
+    rules = [APG(momentum=-0.5, norm_threshold=2.0), tools.pag(model), Autoguidance(weak_model=weak, scale=1.5)]
     assert torch.equal(packed_run(guided(model, APG(eta=1.0, norm_threshold=0.0, momentum=0.0))), plain)
     result = packed_run(guided(model, *rules))
     assert not close(result, plain, 1e-2)

@@ -83,8 +83,9 @@ RULES = {
 ORDERS = [(name, "rules behind") for name in RULES] + [("all", "rules before")]
 
 
-@pytest.mark.parametrize(("name", "order"), ORDERS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "name", "order"), [(kind, *order) for kind in KINDS for order in ORDERS] + [("pixart", "PAG", "rules behind")]
+)
 def test_two_devices_make_the_picture_of_one(split, name, kind, order):
     rules, model = RULES[name](kind), tiny(kind)
     more = {"steps": 8} if name == "LinearAG" else {}

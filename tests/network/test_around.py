@@ -122,3 +122,19 @@ def test_attention_is_seen_by_the_wrapped_module_alone(host):
     with around(case.network.blocks[0].attn, lambda forward: with_attention(forward, override)):
         case.run()
     assert seen == [True] and blocks.optimized_attention is ordinary
+
+
+@pytest.mark.parametrize("cfg", [1.0, 4.0])
+def test_pictures_are_those_of_the_unfused_reference(cfg, host):
+    import tools
+
+    model = tools.tiny("pixart")
+    rule = tools.pag(model)
+    more = {"steps": 3, "cfg": cfg, "latent": tools.empty_latent(model, 1, 8)}
+    guided = tools.guided(model, rule)
+    with tools.counted(model) as rows:
+        ours = tools.sample(guided, **more)
+    assert rows == [2 if cfg == 1.0 else 3] * 3
+    assert tools.close(ours, tools.sample(tools.reference(model, rule), **more))
+    assert not tools.close(ours, tools.sample(model, **more), 1e-3)
+    assert not [name for name, module in model.model.named_modules() if "forward" in module.__dict__]

@@ -113,6 +113,18 @@ def test_cascades_with_maps(models, kind):
     assert tools.close(run(compile_(tools.guided(model, rule))), run(tools.guided(model, rule)), 1e-6)
 
 
+def test_modules_that_had_something_around_them_run_compiled_as_before():
+    """PixArt's attention is reached by wrappers around modules, which torch would see."""
+    torch._dynamo.reset()
+    model = tools.tiny("pixart", depth=2)
+    compiled, plain = compile_(model), sample(model)
+    assert sample(compiled).equal(plain)
+    compilations, rule = graphs(), pag(model, "masked")
+    assert tools.close(sample(tools.guided(compiled, rule)), sample(tools.guided(model, rule)), 1e-6)
+    assert sample(compiled).equal(plain) and graphs() == compilations
+    torch._dynamo.reset()
+
+
 def test_what_runs_uncompiled_ends_with_the_last_of_several_threads():
     """The host calls several devices at once, and torch has one setting for all."""
     stance = lambda: torch._dynamo.eval_frame._stance.stance  # noqa: E731

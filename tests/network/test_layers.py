@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -186,6 +187,22 @@ def test_subclasses_count_and_their_exceptions_too():
     assert short(resolve_layers(model(type("CameraWanModel", (wan,), {})()), "auto")) == ["double:2.0"]
     with pytest.raises(ValueError, match="CausalWanModel"):
         resolve_layers(model(type("CausalWanModel", (wan,), {})()), "auto")
+
+
+def test_the_table_for_developers_says_what_the_code_does(host):
+    """ARCHITECTURE.md: classes, hooks, joint attention, and that a case of that class is tested."""
+    from network_cases import BUILD
+
+    text = (Path(__file__).parents[2] / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    rows = [
+        line.strip("| ").split(" | ")
+        for line in text.splitlines()
+        if re.match(r"\| `\w+`.* \| `\w+` \| (no|text first|image first) ", line)
+    ]
+    told = {name: (hook.strip("`"), joint) for first, hook, joint, *_ in rows for name in re.findall(r"`(\w+)`", first)}
+    order = {name: "image first" if value.image_first else "text first" for name, value in ARCHITECTURES.items() if value.joint}
+    assert told == {name: (value.hook, order.get(name, "no")) for name, value in ARCHITECTURES.items()}
+    assert sorted(case for row in rows for case in re.findall(r"`(\w+)`", " ".join(row[3:]))) == sorted(BUILD)
 
 
 SINCE = {
