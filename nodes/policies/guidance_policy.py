@@ -85,7 +85,7 @@ def _read(path: Path) -> tuple[StepWeights, str]:
 
 
 LodestarSavePolicy, LodestarLoadPolicy = save_and_load(
-    Kind("guidance", ".json", prefix="policy"),
+    Kind("guidance", ".json", prefix="policy", made_by=SEARCH),
     save=About(
         node_id="LodestarSavePolicy",
         display_name="Guidance policy: save",

@@ -88,7 +88,7 @@ def _read(path: Path) -> tuple[Coefficients, str]:
 
 
 LodestarSaveCoefficients, LodestarLoadCoefficients = save_and_load(
-    Kind("guidance", ".safetensors", prefix="linear_ag"),
+    Kind("guidance", ".safetensors", prefix="linear_ag", made_by=FIT),
     save=About(
         node_id="LodestarSaveCoefficients",
         display_name="LinearAG: save coefficients",

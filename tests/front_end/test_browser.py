@@ -107,15 +107,20 @@ OPEN_HELP = """async id => {
     app.graph.add(node);
     app.canvas.selectItems([node]);
     stores.get('canvas').updateSelectedItems();
-    await new Promise(resolve => setTimeout(resolve, 500)); // until the panel has turned to the selection
-    stores.get('rightSidePanel').openPanel('info');
+    while (!document.querySelector('.node-help-content')) { // the panel has to turn to the selection first
+        stores.get('rightSidePanel').openPanel('info');
+        await new Promise(resolve => setTimeout(resolve, 100));
+    }
 }"""
 
 
-def test_the_help_panel_shows_a_page_and_enlarges_its_picture(page, shots):
+def test_the_help_panel_shows_a_page_and_enlarges_its_picture(page, url, shots):
     """In Chinese: tables and picture fit the panel. The picture opens at its own size on a click, and Escape closes it."""
     try:
         page.evaluate("async () => app.extensionManager.setting.set('Comfy.Locale', 'zh')")
+        page.set_viewport_size({"width": 1600, "height": 1000})
+        page.goto(url)
+        page.wait_for_function("() => window.app?.graph?.nodes.length && window.LiteGraph?.registered_node_types.LodestarAPG")
         page.evaluate(OPEN_HELP, "LodestarAPG")
         picture = page.locator(".node-help-content img")
         picture.wait_for()
