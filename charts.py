@@ -62,16 +62,17 @@ class Charts:
         context, client_id = get_executing_context(), self.server.client_id
         if context is None or client_id not in self.clients:
             return None
-        about = {"prompt": context.prompt_id, "sampler": context.node_id, "workflow": self._workflow(context.prompt_id)}
-        return Listener(self, client_id, about)
+        prompt, workflow = self._running(context.prompt_id)
+        about = {"prompt": context.prompt_id, "sampler": context.node_id, "workflow": workflow}
+        return Listener(self, client_id, about, {node_id: _member(node, "class_type") for node_id, node in prompt.items()})
 
-    def _workflow(self, prompt_id: str) -> str | None:
-        """The id of the workflow that a running prompt was made from; a client may have several open."""
+    def _running(self, prompt_id: str) -> tuple[dict[str, Any], str | None]:
+        """The nodes of a running prompt, and the id of the workflow that it was made from; a client may have several open."""
         running, _ = self.server.prompt_queue.get_current_queue_volatile()
-        for _, running_id, _, extra_data, *_ in running:
+        for _, running_id, prompt, extra_data, *_ in running:
             if running_id == prompt_id:
-                return _member(_member(_member(extra_data, "extra_pnginfo"), "workflow"), "id")
-        return None
+                return prompt, _member(_member(_member(extra_data, "extra_pnginfo"), "workflow"), "id")
+        return {}, None
 
 
 def _member(value: Any, key: str) -> Any:
@@ -81,11 +82,12 @@ def _member(value: Any, key: str) -> Any:
 
 @dataclass(frozen=True)
 class Listener:
-    """One client, about one sampling call."""
+    """One client, about one sampling call. types: the class of every node in the prompt, by which a page knows its own nodes again."""
 
     charts: Charts
     client_id: str
     about: dict[str, Any]
+    types: dict[str, str | None]
 
     def present(self) -> bool:
         """Whether the client draws charts and its page is connected."""
@@ -94,7 +96,8 @@ class Listener:
     def send(self, message: telemetry.Message) -> None:
         """Send, and keep for later; serial tells which of two messages is the newer one."""
         self.charts.serial += 1
-        message = self.about | message | {"serial": self.charts.serial}
+        nodes = {node_id: node | {"type": self.types.get(node_id)} for node_id, node in message["nodes"].items()}
+        message = self.about | message | {"nodes": nodes, "serial": self.charts.serial}
         client = self.charts.clients.get(self.client_id)
         if client is not None:
             client.keep(message)

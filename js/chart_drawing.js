@@ -1,57 +1,25 @@
 /** Draws one chart on a canvas. Knows nothing of the graph, the host or the network. */
 
+import { percent, short, words } from "./chart_words.js";
+import { say } from "./texts.js";
+
 /**
- * @typedef {[number, number | null]} Point step and value; null is a value that is not finite
- * @typedef {{threshold: number, steps: (number | null)[]}} Switch for each picture the first step without CFG
- * @typedef {"update" | "weight" | "cosine"} Kind of the curve's values
- * @typedef {{curve: string, kind: Kind, points: Point[], policy: boolean, switch?: Switch}} NodeCurve
- * @typedef {{width: number, height: number, steps: number}} Stage
- * @typedef {object} RunMessage
- * @property {string} prompt
- * @property {string} sampler the sampler's node
- * @property {string | null} workflow id of the graph
- * @property {number} serial the larger, the newer
- * @property {number} step steps evaluated so far
- * @property {number} steps
- * @property {number} nfe
- * @property {number} saved
- * @property {Point[]} evaluations NFE of each step
- * @property {boolean} done
- * @property {Record<string, NodeCurve>} nodes
- * @property {number} [stage]
- * @property {Stage[]} [stages]
+ * @typedef {import("./chart_words.js").Point} Point
+ * @typedef {import("./chart_words.js").NodeCurve} NodeCurve
+ * @typedef {import("./chart_words.js").RunMessage} RunMessage
  * @typedef {{paper: string, ink: string, soft: string, grid: string, curve: string, mark: string, bar: string}} Palette
- * @typedef {{left: number, right: number, top: number, bottom: number}} Box
+ * @typedef {{left: number, right: number, top: number, bottom: number}} Box of the plot; all text is outside of it
+ * @typedef {{low: number, high: number, ticks: [number, string][], level?: number}} Axis
+ * @typedef {{pen: CanvasRenderingContext2D, run: RunMessage, curve: NodeCurve, palette: Palette, box: Box, axis: Axis,
+ *   x: (step: number) => number, y: (value: number) => number}} Plot
  */
 
-const PAD = 5;
-const HEAD = 14;
-const STRIP = 8;
-const FONT = "11px Inter, system-ui, sans-serif";
-const SMALL = "10px Inter, system-ui, sans-serif";
-
-/**
- * What the chart says, for the line above the curve and for screen readers.
- * @param {RunMessage} run
- * @returns {{cost: string, progress: string}}
- */
-export function headline(run) {
-  const whole = round(run.nfe + run.saved);
-  const cost = run.saved ? `NFE ${round(run.nfe)} of ${whole} (${round(run.saved)} saved)` : `NFE ${round(run.nfe)}`;
-  const stage = run.stages ? `stage ${run.stage + 1}/${run.stages.length}, ` : "";
-  return { cost, progress: `${stage}step ${run.step}/${run.steps}` };
-}
-
-/**
- * One sentence with the numbers.
- * @param {RunMessage} run
- * @param {NodeCurve} curve
- * @returns {string}
- */
-export function describe(run, curve) {
-  const { cost, progress } = headline(run);
-  return [cost, progress, lastValue(curve) ?? "nothing to show so far", switched(curve)].filter(Boolean).join(", ");
-}
+const PAD = 6;
+const LINE = 13; // each of the two lines of words above the plot
+const FOOT = 11; // the line below it
+const STRIP = 9; // a policy's bars
+const TICK = 9; // the least distance of two numbers beside the plot
+const FONTS = { verdict: "600 11px Inter, system-ui, sans-serif", line: "11px Inter, system-ui, sans-serif", small: "9px Inter, system-ui, sans-serif" };
 
 /**
  * @param {CanvasRenderingContext2D} pen
@@ -63,33 +31,61 @@ export function describe(run, curve) {
  */
 export function draw(pen, width, height, run, curve, palette) {
   pen.clearRect(0, 0, width, height);
-  drawHead(pen, width, run, curve, palette);
-  const strip = curve.policy ? STRIP : 0;
-  const box = { left: PAD, right: width - PAD, top: PAD + HEAD, bottom: height - PAD - strip };
+  drawWords(pen, width, run, curve, palette);
+  const strip = hasBars(run, curve) ? STRIP : 0;
+  const axis = axisOf(curve);
+  pen.font = FONTS.small;
+  const numbers = [...axis.ticks.map(([, text]) => text), ...(strip ? [mostText(run)] : [])];
+  const left = PAD + Math.max(...numbers.map((text) => pen.measureText(text).width)) + 4;
+  const box = { left, right: width - PAD, top: PAD + 2 * LINE + 2, bottom: height - PAD - FOOT - strip + 2 };
   const x = (/** @type {number} */ step) => box.left + ((step + 0.5) / Math.max(run.steps, 1)) * (box.right - box.left);
-  const y = scale(curve, box);
-  line(pen, [[box.left, box.bottom], [box.right, box.bottom]], palette.grid, 1);
-  drawStages(pen, run, x, box, palette);
-  drawLevels(pen, curve, x, y, box, palette);
-  drawCurve(pen, curve, x, y, palette);
-  drawLabels(pen, run, curve, x, y, box, palette);
-  if (curve.policy) drawEvaluations(pen, run, x, box.bottom + 3, height - PAD, palette);
+  const y = (/** @type {number} */ value) => box.bottom - ((value - axis.low) / (axis.high - axis.low)) * (box.bottom - box.top);
+  const plot = { pen, run, curve, palette, box, axis, x, y };
+  drawFrame(plot);
+  drawStages(plot);
+  drawLevels(plot);
+  drawCurves(plot);
+  if (strip) drawBars(plot, box.bottom + 3, box.bottom + STRIP);
+  drawFoot(plot, height - PAD + 2);
 }
 
-/** Cost at the left, value and progress at the right as far as they fit. */
-function drawHead(pen, width, run, curve, palette) {
-  const { cost, progress } = headline(run);
-  const middle = PAD + HEAD / 2 - 2;
-  pen.font = FONT;
-  label(pen, cost, PAD, middle, "left", "middle", palette.ink);
-  const free = width - 3 * PAD - pen.measureText(cost).width;
-  const value = lastValue(curve);
-  const text = [value ? `${value} · ${progress}` : progress, progress].find((fitting) => pen.measureText(fitting).width <= free);
-  if (text) label(pen, text, width - PAD, middle, "right", "middle", palette.soft);
+/** What the node did, in the first line; the last value with its name, and progress or cost, in the second one; each as far as it fits. */
+function drawWords(pen, width, run, curve, palette) {
+  const { verdict, saved, value, progress, cost } = words(run, curve);
+  const [first, second] = [PAD + LINE / 2 - 1, PAD + LINE * 1.5 - 1];
+  const room = width - 2 * PAD;
+  pen.font = FONTS.verdict;
+  const whole = [verdict, saved].filter(Boolean).join(say("comma"));
+  const fits = pen.measureText(whole).width <= room;
+  label(pen, fits ? whole : verdict, PAD, first, "left", "middle", palette.ink, room);
+  pen.font = FONTS.line;
+  let at = PAD;
+  for (const { text, of } of value) {
+    const wide = pen.measureText(text).width;
+    if (at + wide > width - PAD) break;
+    label(pen, text, at, second, "left", "middle", palette[of]);
+    at += wide + 8;
+  }
+  const right = [fits ? "" : saved, run.done ? cost : progress, progress].filter(Boolean);
+  const fitting = right.find((text) => at + pen.measureText(text).width <= width - PAD);
+  if (fitting) label(pen, fitting, width - PAD, second, "right", "middle", palette.soft);
 }
 
-/** The stage of a cascade that is being sampled, and where each one ends. */
-function drawStages(pen, run, x, box, palette) {
+/** The ground line, the top of the axis, and the numbers beside the plot. @param {Plot} plot */
+function drawFrame({ pen, axis, box, palette, y }) {
+  for (const level of [box.bottom, box.top]) line(pen, [[box.left, level], [box.right, level]], palette.grid, 1);
+  pen.font = FONTS.small;
+  let before = Infinity;
+  for (const [value, text] of axis.ticks) {
+    const level = Math.min(Math.max(y(value), box.top + 3), box.bottom - 3);
+    if (before - level < TICK) continue;
+    label(pen, text, box.left - 4, level, "right", "middle", palette.soft);
+    before = level;
+  }
+}
+
+/** The stage of a cascade that is being sampled, and where each one ends. @param {Plot} plot */
+function drawStages({ pen, run, x, box, palette }) {
   for (const { index, first, end } of stagesOf(run)) {
     if (index === run.stage && !run.done) {
       pen.fillStyle = palette.grid;
@@ -99,80 +95,107 @@ function drawStages(pen, run, x, box, palette) {
   }
 }
 
-/** The largest value, or the threshold as a dashed line with a mark at every step from which pictures go on without CFG. */
-function drawLevels(pen, curve, x, y, box, palette) {
-  if (!curve.switch) {
-    if (curve.points.length) line(pen, [[box.left, y.top], [box.right, y.top]], palette.grid, 1);
-    return;
+/** What the curve is compared with, as a dashed line, and a mark at every step from which pictures go on without CFG. @param {Plot} plot */
+function drawLevels({ pen, curve, axis, x, y, box, palette }) {
+  if (axis.level !== undefined) {
+    const level = y(axis.level);
+    dashed(pen, () => line(pen, [[box.left, level], [box.right, level]], curve.switch ? palette.mark : palette.soft, 1));
   }
-  const level = y(curve.switch.threshold);
-  pen.setLineDash([4, 3]);
-  line(pen, [[box.left, level], [box.right, level]], palette.mark, 1);
-  pen.setLineDash([]);
-  for (const step of new Set(curve.switch.steps)) {
+  for (const step of new Set(curve.switch?.steps)) {
     if (step !== null) line(pen, [[x(step - 0.5), box.top], [x(step - 0.5), box.bottom]], palette.mark, 1);
   }
 }
 
-/** What is written into the plot, over the curve. */
-function drawLabels(pen, run, curve, x, y, box, palette) {
-  pen.font = SMALL;
-  if (!curve.points.length) label(pen, "nothing to show so far", box.left, box.top + 1, "left", "top", palette.soft, palette.paper);
-  for (const { stage, first, end } of stagesOf(run)) {
-    const text = `${stage.width}×${stage.height}`;
-    if (pen.measureText(text).width > x(end) - x(first) - 4) continue;
-    label(pen, text, x(end - 0.5) - 3, box.top + 2, "right", "top", palette.soft, palette.paper);
-  }
-  if (curve.switch) {
-    const level = y(curve.switch.threshold);
-    const above = level - box.top > 14;
-    const text = `threshold ${short(curve.switch.threshold)}`;
-    label(pen, text, box.left, level + (above ? -2 : 3), "left", above ? "bottom" : "top", palette.mark, palette.paper);
-    label(pen, switched(curve), box.right, box.bottom - 2, "right", "bottom", palette.mark, palette.paper);
-  } else if (curve.points.length && !run.stages) {
-    label(pen, short(y.high), box.right, y.top + 2, "right", "top", palette.soft, palette.paper); // most curves fall
-  }
-}
-
-/** The unbroken pieces, and a dot at the last value. */
-function drawCurve(pen, curve, x, y, palette) {
-  const known = curve.points.filter(([, value]) => value !== null);
-  for (const piece of pieces(known)) {
-    line(pen, piece.map(([step, value]) => [x(step), y(value)]), palette.curve, 1.75);
-    if (piece.length === 1) dot(pen, x(piece[0][0]), y(piece[0][1]), 2, palette.curve);
-  }
-  const last = known.at(-1);
+/** The curve, and a shaper's before it: what CFG alone would do, as far as the axis goes. @param {Plot} plot */
+function drawCurves({ pen, curve, x, y, box, palette }) {
+  pen.save();
+  pen.beginPath();
+  pen.rect(box.left, box.top - 2, box.right - box.left, box.bottom - box.top + 4);
+  pen.clip();
+  dashed(pen, () => drawPieces(pen, curve.plain ?? [], x, y, palette.soft, 1));
+  const last = drawPieces(pen, curve.points, x, y, palette.curve, 1.75);
   if (last) dot(pen, x(last[0]), y(last[1]), 2.5, palette.curve);
+  pen.restore();
 }
 
-/** For a policy: one bar per step, as high as its evaluations. */
-function drawEvaluations(pen, run, x, top, bottom, palette) {
-  const most = Math.max(1, ...run.evaluations.map(([, value]) => value ?? 0));
+/** The unbroken pieces of a curve. @returns {Point | undefined} its last point */
+function drawPieces(pen, points, x, y, colour, width) {
+  const known = points.filter(([, value]) => value !== null);
+  for (const piece of pieces(known)) {
+    line(pen, piece.map(([step, value]) => [x(step), y(value)]), colour, width);
+    if (piece.length === 1) dot(pen, x(piece[0][0]), y(piece[0][1]), width, colour);
+  }
+  return known.at(-1);
+}
+
+/** For a policy: one bar per step, as high as its evaluations. @param {Plot} plot */
+function drawBars({ pen, run, x, box, palette }, top, bottom) {
+  const most = mostEvaluations(run);
   const width = Math.max(1, x(1) - x(0) - 1);
   pen.fillStyle = palette.bar;
   for (const [step, value] of run.evaluations) {
     const height = ((value ?? 0) / most) * (bottom - top);
     pen.fillRect(x(step) - width / 2, bottom - height, width, height);
   }
+  pen.font = FONTS.small;
+  label(pen, mostText(run), box.left - 4, (top + bottom) / 2 + 1, "right", "middle", palette.soft);
+}
+
+/** Below the plot: the sizes of a cascade's stages, or the first and the last step. @param {Plot} plot */
+function drawFoot({ pen, run, x, box, palette }, bottom) {
+  pen.font = FONTS.small;
+  for (const { stage, first, end } of stagesOf(run)) {
+    const text = `${stage.width}×${stage.height}`;
+    const fits = pen.measureText(text).width <= x(end) - x(first);
+    if (fits) label(pen, text, (x(first - 0.5) + x(end - 0.5)) / 2, bottom, "center", "bottom", palette.soft);
+  }
+  if (run.stages) return;
+  label(pen, say(`axis_${run.unit}`), box.left, bottom, "left", "bottom", palette.soft);
+  if (run.steps > 1) label(pen, String(run.steps), box.right, bottom, "right", "bottom", palette.soft);
 }
 
 /**
- * Values to pixels: from 0 for sizes; around the values and the threshold for a cosine.
+ * From 0 to the whole image for updates, from the first value to 1 for cosines, and from 0 on for everything else.
  * @param {NodeCurve} curve
- * @param {Box} box
+ * @returns {Axis} with numbers from below
  */
-function scale(curve, box) {
-  const values = curve.points.map(([, value]) => value).filter((value) => value !== null);
-  const threshold = curve.switch?.threshold;
-  let [low, high] = [0, Math.max(...values, 0) || 1];
-  if (threshold !== undefined) {
-    const all = [...values, threshold];
-    const margin = Math.max((Math.max(...all) - Math.min(...all)) * 0.15, 1e-4);
-    [low, high] = [Math.min(...all) - margin, Math.max(...all) + margin];
+function axisOf({ kind, points, switch: criterion }) {
+  const values = points.map(([, value]) => value).filter((value) => value !== null);
+  const most = Math.max(...values, 0);
+  if (kind === "cosine") {
+    const level = criterion?.threshold;
+    const low = Math.min(...values, level ?? 1, 1 - 1e-4);
+    return { low, high: 1, level, ticks: [[low, short(low)], [1, "1"]] };
   }
-  const top = box.top + (threshold === undefined ? 2 : 0);
-  const y = (/** @type {number} */ value) => box.bottom - ((value - low) / (high - low)) * (box.bottom - top);
-  return Object.assign(y, { high, top });
+  if (kind === "weight" || kind === "loss") {
+    const high = rounded(most);
+    return { low: 0, high, ticks: [[0, "0"], [high, short(high)]] };
+  }
+  const least = { update: 1, noise: 1.5, residual: 0 }[kind];
+  const high = most > least ? rounded(most) : least || 1;
+  const level = kind === "noise" ? 1 : undefined;
+  return { low: 0, high, level, ticks: [[0, "0"], ...(level ? [[level, percent(level)]] : []), [high, percent(high)]] };
+}
+
+/** @param {number} value @returns {number} the next larger one, two or five of a power of ten */
+function rounded(value) {
+  const unit = 10 ** Math.floor(Math.log10(value || 1));
+  return unit * ([1, 2, 5].find((factor) => value <= factor * unit) ?? 10);
+}
+
+/** @param {RunMessage} run @param {NodeCurve} curve */
+function hasBars(run, curve) {
+  return curve.role === "policy" && Boolean(run.evaluations?.length);
+}
+
+/** @param {RunMessage} run the height of the highest bar */
+function mostEvaluations(run) {
+  return Math.max(1, ...run.evaluations.map(([, value]) => value ?? 0));
+}
+
+/** @param {RunMessage} run */
+function mostText(run) {
+  return say("axis_nfe", { most: short(mostEvaluations(run)) });
 }
 
 /** @param {Point[]} points @returns {[number, number][][]} those of consecutive steps */
@@ -193,31 +216,16 @@ function stagesOf(run) {
   return (run.stages ?? []).map((stage, index) => ({ stage, index, first: end, end: (end += stage.steps) }));
 }
 
-/** @param {NodeCurve} curve @returns {string | undefined} its last value and what that is */
-function lastValue(curve) {
-  const value = curve.points.at(-1)?.[1];
-  if (value == null) return undefined;
-  const names = { update: curve.policy ? "CFG update" : "update", weight: "cfg", cosine: "γ" };
-  return `${names[curve.kind]} ${short(value)}`;
+/** Text, made narrower if it must be to fit. */
+function label(pen, text, x, y, align, baseline, colour, most = undefined) {
+  [pen.textAlign, pen.textBaseline, pen.fillStyle] = [align, baseline, colour];
+  pen.fillText(text, x, y, most);
 }
 
-/** @param {NodeCurve} curve @returns {string} how many pictures go on without CFG */
-function switched(curve) {
-  const steps = curve.switch?.steps ?? [];
-  const met = steps.filter((step) => step !== null);
-  if (!met.length) return "";
-  return steps.length === 1 ? `CFG ended after ${met[0]} steps` : `CFG ended for ${met.length} of ${steps.length}`;
-}
-
-/** Text; with a paper also on a halo of it, to be read over a curve. */
-function label(pen, text, x, y, align, baseline, colour, paper) {
-  [pen.textAlign, pen.textBaseline] = [align, baseline];
-  if (paper) {
-    [pen.strokeStyle, pen.lineWidth, pen.lineJoin] = [paper, 3, "round"];
-    pen.strokeText(text, x, y);
-  }
-  pen.fillStyle = colour;
-  pen.fillText(text, x, y);
+function dashed(pen, drawing) {
+  pen.setLineDash([4, 3]);
+  drawing();
+  pen.setLineDash([]);
 }
 
 function line(pen, points, colour, width) {
@@ -234,14 +242,4 @@ function dot(pen, x, y, radius, colour) {
   pen.arc(x, y, radius, 0, 2 * Math.PI);
   pen.fillStyle = colour;
   pen.fill();
-}
-
-/** @param {number} value @returns {number} a count that need not be whole */
-function round(value) {
-  return Math.round(value * 100) / 100;
-}
-
-/** @param {number} value @returns {string} */
-function short(value) {
-  return String(Number(value.toPrecision(Math.abs(value) > 0.9 && Math.abs(value) < 1 ? 4 : 3)));
 }

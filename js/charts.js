@@ -3,8 +3,9 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { chartOf, keepOnly, redrawAll } from "./node_chart.js";
+import { loadTexts } from "./texts.js";
 
-/** @typedef {import("./chart_drawing.js").RunMessage} RunMessage */
+/** @typedef {import("./chart_words.js").RunMessage} RunMessage */
 
 const EVENT = "lodestar.run";
 const ROUTE = "/lodestar/charts";
@@ -27,6 +28,7 @@ async function subscribe() {
   if (!client) return; // comes with the first status
   subscribed = client;
   try {
+    await loadTexts();
     const answer = await api.fetchApi(ROUTE, {
       method: "POST",
       headers: { "Content-Type": "application/json" },
@@ -55,13 +57,13 @@ function outdated(run, by) {
 /** Draw what is known about the open workflow, and take charts away where there is nothing to show any more. */
 function refresh() {
   const graph = app.rootGraph ?? app.graph;
-  /** @type {Map<object, [RunMessage, import("./chart_drawing.js").NodeCurve]>} */
+  /** @type {Map<object, [RunMessage, import("./chart_words.js").NodeCurve]>} */
   const shown = new Map();
   for (const run of wanted && graph ? runs : []) {
-    if (run.workflow && graph.id && run.workflow !== graph.id) continue;
+    if (run.workflow !== graph.id) continue; // a run of another graph, whose nodes have the same ids
     for (const [id, curve] of Object.entries(run.nodes)) {
       const node = nodeAt(graph, id);
-      if (node) shown.set(node, [run, curve]);
+      if (node?.type === curve.type) shown.set(node, [run, curve]);
     }
   }
   keepOnly(shown);
@@ -69,7 +71,7 @@ function refresh() {
 }
 
 /**
- * The node that an execution id stands for: "12:3" is node 3 in the subgraph of node 12. None if it is skipped or not ours.
+ * The node that an execution id stands for: "12:3" is node 3 in the subgraph of node 12. None if it is skipped.
  * @param {object} graph
  * @param {string} id
  */
@@ -80,7 +82,7 @@ function nodeAt(graph, id) {
     if (!node || SKIPPED.includes(node.mode)) return undefined;
     graph = node.subgraph;
   }
-  return node?.type?.startsWith("Lodestar") ? node : undefined;
+  return node;
 }
 
 app.registerExtension({
@@ -114,6 +116,7 @@ app.registerExtension({
     api.addEventListener("graphChanged", refresh); // nodes may have been bypassed, or come back
     new MutationObserver(redrawAll).observe(document.documentElement, { attributeFilter: ["class", "style"] });
     new MutationObserver(redrawAll).observe(document.body, { attributeFilter: ["class", "style"] });
+    app.ui.settings.addEventListener("Comfy.Locale.change", redrawAll);
     subscribe();
   },
   afterConfigureGraph: refresh,

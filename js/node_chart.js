@@ -1,20 +1,18 @@
 /** The chart of one node: a widget that is no part of the workflow. It is there as long as there is something to show. */
 
 import { app } from "../../scripts/app.js";
-import { describe, draw } from "./chart_drawing.js";
+import { draw } from "./chart_drawing.js";
+import { describe, explain } from "./chart_words.js";
 
 /**
- * @typedef {import("./chart_drawing.js").RunMessage} RunMessage
- * @typedef {import("./chart_drawing.js").NodeCurve} NodeCurve
+ * @typedef {import("./chart_words.js").RunMessage} RunMessage
+ * @typedef {import("./chart_words.js").NodeCurve} NodeCurve
  * @typedef {import("./chart_drawing.js").Palette} Palette
  */
 
 const WIDGET = "lodestar_chart";
-const HEIGHT = 64;
+const HEIGHT = 92;
 const MARGIN = 6;
-const EXPLANATION =
-  "What this node does in every step: the size of its update relative to the denoised image, or for Adaptive Guidance the cosine γ of the " +
-  "predictions with and without the prompt. Bars: model evaluations of every step. NFE: evaluations of this run so far.";
 const LIGHT = { curve: "#1f5fa8", mark: "#b3261e", bar: "#8aa0b8" };
 const DARK = { curve: "#74b6f5", mark: "#ff8f85", bar: "#61788f" };
 
@@ -25,9 +23,12 @@ const growth = new WeakMap();
 /** Nodes that are serialised without their growth. @type {WeakSet<object>} */
 const shrunk = new WeakSet();
 
-/** After the theme has changed. */
+/** After the theme or the language has changed. */
 export function redrawAll() {
-  for (const chart of charts.values()) chart.redraw();
+  for (const chart of charts.values()) {
+    chart.describe();
+    chart.redraw();
+  }
 }
 
 /** @param {Map<object, unknown>} nodes all others lose their charts */
@@ -63,7 +64,6 @@ class NodeChart {
       "color: var(--input-text, #ddd);";
     this.canvas = document.createElement("canvas");
     this.canvas.setAttribute("role", "img");
-    this.canvas.title = EXPLANATION;
     this.canvas.style.cssText = "position: absolute; inset: 0; width: 100%; height: 100%;";
     this.element.append(this.canvas);
     for (const type of ["wheel", "pointerdown"]) this.element.addEventListener(type, forward);
@@ -116,8 +116,15 @@ class NodeChart {
   show(run, curve) {
     if (this.run === run && this.curve === curve) return;
     Object.assign(this, { run, curve });
-    this.canvas.setAttribute("aria-label", describe(run, curve));
+    this.describe();
     this.redraw();
+  }
+
+  describe() {
+    const text = describe(this.run, this.curve);
+    if (text === this.canvas.ariaLabel) return;
+    this.canvas.setAttribute("aria-label", text);
+    this.canvas.title = `${text}. ${explain(this.curve)}`;
   }
 
   redraw() {

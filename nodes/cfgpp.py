@@ -9,8 +9,7 @@ from comfy_api.latest import io
 from ..guiders.cfgpp.inversion import invert
 from ..guiders.cfgpp.sampler import INVERSION, LARGEST_LAMBDA, SAMPLER, cfgpp_sampler
 from ..guiders.cfgpp.solvers import HISTORIES, SOLVERS
-from ..guiders.engine.keys import NODE
-from .schema import ATTACHED, graph_id
+from .schema import ATTACHED, HIDDEN, graph_id
 
 CATEGORY = "lodestar/sampling"
 
@@ -60,9 +59,7 @@ class LodestarCFGPP(io.ComfyNode):
     @classmethod
     def execute(cls, sampler: str, lambda_: float, eta: float, history: str) -> io.NodeOutput:
         """Make the sampler."""
-        made = cfgpp_sampler(sampler, lambda_, eta, history)
-        setattr(made, NODE, graph_id(cls))
-        return io.NodeOutput(made)
+        return io.NodeOutput(cfgpp_sampler(sampler, lambda_, eta, history, graph_id(cls)))
 
 
 class LodestarCFGPPInvert(io.ComfyNode):
@@ -90,9 +87,10 @@ class LodestarCFGPPInvert(io.ComfyNode):
                 io.Latent.Output(tooltip="The noise, for SamplerCustom with add_noise off, or SamplerCustomAdvanced with DisableNoise."),
                 io.Sigmas.Output(tooltip="The schedule that leads back. On flow models it starts just below 1, not at it."),
             ],
+            hidden=list(HIDDEN),
         )  # fmt: skip
 
     @classmethod
     def execute(cls, model: Any, positive: Any, negative: Any, latent_image: dict, sigmas: Any, lambda_: float) -> io.NodeOutput:
         """Invert."""
-        return io.NodeOutput(*invert(model, positive, negative, latent_image, sigmas, lambda_))
+        return io.NodeOutput(*invert(model, positive, negative, latent_image, sigmas, lambda_, graph_id(cls)))

@@ -11,8 +11,8 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
-from .progress import write_on
-from .schema import HIDDEN, graph_id
+from .progress import writer
+from .schema import HIDDEN
 from .training_inputs import CATEGORY
 
 
@@ -107,7 +107,7 @@ def save_and_load(
             """Write, and show where."""
             path = kind.fresh(filename_prefix)
             write(inputs[value.id], path)
-            write_on(graph_id(cls), f"Saved: {path}")
+            writer(cls)(f"Saved: {path}")
             name = str(path.relative_to(kind.root))
             return io.NodeOutput(name, ui={"text": (name,)})
 

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 
-def write_on(node: str | None, text: str) -> None:
-    """Show a text on a node of the graph, in the place of the one before. None: nobody sees the node, as outside of a prompt."""
-    if node is None:
-        return
-    from server import PromptServer  # here: other nodes can do without
+from comfy_api.latest import io
 
-    PromptServer.instance.send_progress_text(text, node)
+from .schema import graph_id
+
+
+def writer(node: type[io.ComfyNode]) -> Callable[[str], None]:
+    """Shows a text on the node of the graph that is being executed, in the place of the one before. Outside of a prompt there is none."""
+    shown_on = graph_id(node)
+
+    def write(text: str) -> None:
+        if shown_on is not None:
+            from server import PromptServer  # here: other nodes can do without
+
+            PromptServer.instance.send_progress_text(text, shown_on)
+
+    return write

@@ -16,11 +16,14 @@ import torch
 from comfy.utils import model_trange
 from torch import Tensor
 
+from ..engine.curves import Quantity
 from ..engine.run import announcing_steps
+from ..engine.telemetry import tracing
 from ..spaces import Level, is_flow, levels_of
 from .sampler import INVERSION, Predictor, check_guider, check_lambda
 from .solvers import cfgpp_step
 
+NOISE = Quantity("strength of the noise that is found", "noise")
 LARGEST_TIME = 0.9999  # of a flow model's t: at 1 nothing is left of a latent in which the host could be handed the noise
 
 
@@ -38,10 +41,15 @@ def first_step(x: Tensor, scaled: Tensor, guided: Tensor) -> Tensor:
     return x + scaled - guided
 
 
+def noise_strength(x: Tensor, clean: Tensor, level: Level) -> Tensor:
+    """Root mean square [] of the noise in x = a ``clean`` + s noise at a level. Noise from which a sampler could have started has 1."""
+    return ((x - level.a * clean) / level.s).float().square().mean().sqrt()
+
+
 def invert(
-    model: Any, positive: list, negative: list, latent: dict[str, Any], sigmas: Tensor, lambda_: float
+    model: Any, positive: list, negative: list, latent: dict[str, Any], sigmas: Tensor, lambda_: float, node: str | None = None
 ) -> tuple[dict[str, Any], Tensor]:
-    """(LATENT, SIGMAS) from which sampling without added noise leads back to ``latent``.
+    """(LATENT, SIGMAS) from which sampling without added noise leads back to ``latent``. ``node``: that of the graph which asks for it.
 
     The mask of an inpainting latent is dropped: sampling would paste the noise, not the picture, into what it protects.
     Raises ValueError for a schedule that does not fall.
@@ -59,7 +67,7 @@ def invert(
     samples = guider.sample(
         Noise_EmptyNoise().generate_noise({"samples": samples}),
         samples,
-        Inversion(lambda_),
+        Inversion(lambda_, node),
         sigmas,
         callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
@@ -79,8 +87,8 @@ class Inversion(comfy.samplers.Sampler):
 
     reads_uncond = INVERSION  # see engine/host.py
 
-    def __init__(self, lambda_: float) -> None:
-        self.lambda_ = lambda_
+    def __init__(self, lambda_: float, node: str | None = None) -> None:
+        self.lambda_, self.node = lambda_, node
 
     def predictor(self, guider: Any, extra_args: dict[str, Any]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """What is asked for the prediction behind the noise (D_lambda) and the one behind the clean estimate (D_u)."""
@@ -105,18 +113,20 @@ class Inversion(comfy.samplers.Sampler):
         both = self.predictor(guider, extra_args)
         x = model_sampling.noise_scaling(sigmas[-1], noise, latent_image)
         steps = len(sigmas) - 1
-        with announcing_steps(guider.model_options, sigmas) as at_step:
+        with announcing_steps(guider.model_options, sigmas) as at_step, tracing(self.node, NOISE, steps) as trace:
             for done in model_trange(steps, disable=disable_pbar):
                 i = steps - 1 - done  # the step of sampling that is undone
                 at_step(i)
                 now, then = levels[i + 1], levels[i]
                 if now.s > 0:
-                    guided, uncond = both(x, sigmas[i + 1])
-                    x = inversion_step(x, guided, uncond, now, then)
+                    guided, clean = both(x, sigmas[i + 1])
+                    x = inversion_step(x, guided, clean, now, then)
                 else:
                     scaled = x * _input_scale(model_sampling, sigmas[i + 1]) / _input_scale(model_sampling, sigmas[i])
                     guided, _ = both(scaled, sigmas[i])
-                    x = first_step(x, scaled, guided)
+                    clean, x = x, first_step(x, scaled, guided)
+                if trace is not None:
+                    trace.add(done, noise_strength(x, clean, then))
                 if callback is not None:
                     callback(done, guided, x, steps)
         return model_sampling.inverse_noise_scaling(sigmas[0], x)

@@ -20,6 +20,7 @@ from ..engine.curves import Quantity
 from ..engine.host import POST_CFG
 from ..engine.plan import Shaper, plan_of
 from ..engine.run import announcing_steps, run_of
+from ..engine.telemetry import Trace, tracing
 from ..spaces import Level, is_flow, levels_of
 from .solvers import SOLVERS, Schedule, equivalent_cfg
 
@@ -28,10 +29,12 @@ CURVE = Quantity("equivalent cfg (CFG++)", "weight")
 LARGEST_LAMBDA = 2.0
 
 
-def cfgpp_sampler(solver: str, lambda_: float, eta: float = 1.0, history: str = "unconditional") -> comfy.samplers.KSAMPLER:
-    """The SAMPLER. Raises ValueError for a ``lambda_`` outside of [0, 2]."""
+def cfgpp_sampler(
+    solver: str, lambda_: float, eta: float = 1.0, history: str = "unconditional", node: str | None = None
+) -> comfy.samplers.KSAMPLER:
+    """The SAMPLER, of a node of the graph if one is named. Raises ValueError for a ``lambda_`` outside of [0, 2]."""
     check_lambda(SAMPLER, lambda_)
-    return comfy.samplers.KSAMPLER(sample_cfgpp, {"solver": solver, "lambda_": lambda_, "eta": eta, "history": history})
+    return comfy.samplers.KSAMPLER(sample_cfgpp, {"solver": solver, "lambda_": lambda_, "eta": eta, "history": history, "node": node})
 
 
 @torch.no_grad()
@@ -47,6 +50,7 @@ def sample_cfgpp(
     lambda_: float,
     eta: float,
     history: str,
+    node: str | None = None,
 ) -> Tensor:
     """CFG++ in the form of the host's k-diffusion samplers. Raises ValueError, before any evaluation, for what cannot work."""
     inpaint, guider = _unwrapped(model)
@@ -69,14 +73,14 @@ def sample_cfgpp(
             at_step(i)
         guided, uncond = both(x, sigma)
         if i is not None:
-            _record(guider, weights[i] if both.guides else 1.0)
+            _record(guider, trace, i, weights[i] if both.guides else 1.0)
             if callback is not None:
                 callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": guided})
         return guided, _masked(inpaint, uncond, sigma, extra_args)
 
     steps = (i for i in model_trange(len(levels) - 1, disable=disable) if i in weights)
     noise = _noise(x, sigmas, extra_args.get("seed"), solver, getattr(model_sampling, "noise_scale", 1.0))
-    with announcing_steps(guider.model_options, sigmas) as at_step:
+    with announcing_steps(guider.model_options, sigmas) as at_step, tracing(node, CURVE, len(levels) - 1) as trace:
         return solve(predict, x, Schedule(sigmas, levels, steps, split, noise, history))
 
 
@@ -148,11 +152,13 @@ def _announce(guider: Any, lambda_: float, weights: Sequence[float]) -> None:
         logging.info("%s: the guider's cfg %g is not used.", SAMPLER, guider.cfg)
 
 
-def _record(guider: Any, weight: float) -> None:
-    """The report's curve of what cfg this step is worth."""
+def _record(guider: Any, trace: Trace | None, i: int, weight: float) -> None:
+    """What cfg step ``i`` is worth, for the report and the chart."""
     run = run_of(guider.model_options)
     if run is not None:
         run.record(CURVE, torch.tensor(weight))
+    if trace is not None:
+        trace.add(i, weight)
 
 
 # --- what cannot work ------------------------------------------------------------------------------------------------

@@ -19,9 +19,6 @@ Wrappers, additional models (on a ModelPatcher):
 
 Attribute of a MODEL:
     OWN_WEIGHTS the same weak model on a second set of weights. Autoguidance writes and reads; clones do not have it
-
-Attribute of a SAMPLER:
-    NODE        the node of the graph that it comes from. Nodes write; telemetry reads
 """
 
 from __future__ import annotations
@@ -42,8 +39,6 @@ AROUND = "lodestar_around"
 CHUNKS = "lodestar_chunks"
 
 OWN_WEIGHTS = "lodestar_own_weights"
-
-NODE = "lodestar_node"
 
 _OPTIONS_INDEX = 3  # of transformer_options among apply_model's arguments after x and t
 

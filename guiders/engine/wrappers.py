@@ -39,7 +39,7 @@ def _outer_sample(executor: Any, noise: Tensor, latent_image: Tensor, sampler: A
     check_start(plan, Start(guider, sampler, sigmas, tuple(noise.shape)))
     run = Run(plan, guider, sigmas, tuple(noise.shape), kwargs.get("latent_shapes"))
     run.reads_uncond = reads_uncond(sampler) is not None
-    run.watcher = telemetry.of_run(run, sampler)
+    run.watcher = telemetry.of_run(run)
     _install(run, guider.model_options)
     try:
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)

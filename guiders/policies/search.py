@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import comfy.model_management
 import comfy.samplers
-import comfy.utils
 import torch
 from torch import Tensor
 
 from ..engine.attach import detach
+from ..engine.curves import Quantity
 from ..engine.host import leaves_out_forward_passes
 from ..engine.plan import Rule
 from ..engine.schedule import solver_step
+from ..engine.telemetry import tracing
 from ..learning.checkpoints import checkpointed, checkpointed_call
 from ..learning.gradients import cloned, gradients, ordinary_weights, training_kernels
+from ..learning.progress import Progress
 from ..learning.recognition import setting_of
 from ..learning.runs import Runs
 from ..learning.samplers import differentiable
@@ -25,6 +27,7 @@ from .relaxation import discretise, distance, options, relax, temperature
 from .weights_per_step import StepWeights, evaluations
 
 NAME = "Guidance policy search"
+LOSS = Quantity("loss", "loss")
 LEARNING_RATE = 0.2
 
 
@@ -89,8 +92,12 @@ class SearchSampler(comfy.samplers.Sampler):
         return sampling.inverse_noise_scaling(sigmas[-1], target)
 
 
-def search(runs: Runs, iterations: int, cost_weight: float) -> tuple[StepWeights, str]:
+def search(
+    runs: Runs, iterations: int, cost_weight: float, node: str | None = None, write: Callable[[str], None] | None = None
+) -> tuple[StepWeights, str]:  # fmt: skip
     """The policy found by Adam on the logits, one batch of fresh noise per iteration, and a table of how that went.
+
+    node: that of the graph. write: gets a line of text now and then, which says how far it is.
 
     Raises ValueError as Runs.check and ``differentiable`` do, and where EasyCache is on the model.
     """
@@ -100,9 +107,9 @@ def search(runs: Runs, iterations: int, cost_weight: float) -> tuple[StepWeights
     differentiable(runs.sampler, NAME)
     runs = replace(runs, model=detach(runs.model))
     steps, weights = len(runs.sigmas) - 1, options(runs.cfg)
-    progress = comfy.utils.ProgressBar(iterations)
+    progress = Progress(iterations, write)
     lines = [f"{'iteration':>9}{'loss':>10}{'distance':>10}{'expected NFE':>14}{'NFE':>5}"]
-    with gradients():
+    with gradients(), tracing(node, LOSS, iterations, "iteration") as trace:
         inputs = ("positive", "negative", "sigmas", "latent")
         runs = replace(runs, **{name: cloned(getattr(runs, name)) for name in inputs})
         logits = torch.zeros(steps, len(weights), requires_grad=True)
@@ -115,8 +122,11 @@ def search(runs: Runs, iterations: int, cost_weight: float) -> tuple[StepWeights
             runs.sample(guider, number, sampler)
             adam.step()
             found = discretise(logits, weights)
+            nfe = sum(map(evaluations, found))
+            if trace is not None:
+                trace.add(number, sampler.loss, nfe=nfe, saved=2 * steps - nfe)
             if number % max(1, iterations // 10) == 0 or number == iterations - 1:
-                expected, nfe = sampler.expected * 2 * steps, sum(map(evaluations, found))
+                expected = sampler.expected * 2 * steps
                 lines.append(f"{number:>9}{sampler.loss:>10.4f}{sampler.distance:>10.4f}{expected:>14.1f}{nfe:>5}")
-            progress.update(1)
+            progress.update(f"{number + 1} of {iterations} · loss {sampler.loss:.4f} · {nfe} of {2 * steps} evaluations")
         return StepWeights(setting_of(guider, runs.sampler, runs.sigmas), found), "\n".join(lines)

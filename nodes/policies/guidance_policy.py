@@ -11,7 +11,8 @@ from ...guiders.policies.search import NAME as SEARCH
 from ...guiders.policies.search import search
 from ...guiders.policies.weights_per_step import StepWeights, StepwiseCFG
 from ..files import About, Kind, save_and_load
-from ..schema import guidance_schema, guided
+from ..progress import writer
+from ..schema import HIDDEN, graph_id, guidance_schema, guided
 from ..training_inputs import CATEGORY, run_inputs, runs_of, seed_input
 
 PolicyType = io.Custom("GUIDANCE_POLICY")
@@ -49,12 +50,13 @@ class LodestarPolicySearch(io.ComfyNode):
                 io.String.Output("json", tooltip="The policy as text, with one choice for every step."),
                 io.String.Output("report", tooltip="Loss, distance and evaluations during the search."),
             ],
+            hidden=list(HIDDEN),
         )  # fmt: skip
 
     @classmethod
     def execute(cls, iterations: list[int], cost_weight: list[float], **inputs: list) -> io.NodeOutput:
         """Search. All inputs are lists, of which ``positive`` may hold several prompts."""
-        policy, report = search(runs_of(SEARCH, inputs), iterations[0], cost_weight[0])
+        policy, report = search(runs_of(SEARCH, inputs), iterations[0], cost_weight[0], graph_id(cls), writer(cls))
         return io.NodeOutput(policy, policy.to_json(), report)
 
 

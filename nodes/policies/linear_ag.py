@@ -12,7 +12,8 @@ from ...guiders.policies.linear_ag.fit import NAME as FIT
 from ...guiders.policies.linear_ag.fit import fit
 from ...guiders.policies.linear_ag.rule import SECOND_HALVES, LinearAG
 from ..files import About, Kind, save_and_load
-from ..schema import guidance_schema, guided
+from ..progress import writer
+from ..schema import HIDDEN, graph_id, guidance_schema, guided
 from ..training_inputs import CATEGORY, run_inputs, runs_of, seed_input
 
 CoefficientsType = io.Custom("GUIDANCE_COEFFICIENTS")
@@ -44,12 +45,13 @@ class LodestarLinearAGFit(io.ComfyNode):
                 CoefficientsType.Output("coefficients", tooltip="For LinearAG: apply, or LinearAG: save coefficients."),
                 io.String.Output("report", tooltip="R² of every replaced step next to those of trivial predictors."),
             ],
+            hidden=list(HIDDEN),
         )  # fmt: skip
 
     @classmethod
     def execute(cls, trajectories: list[int], **inputs: list) -> io.NodeOutput:
         """Fit. All inputs are lists, of which ``positive`` may hold several prompts."""
-        coefficients = fit(runs_of(FIT, inputs), trajectories[0])
+        coefficients = fit(runs_of(FIT, inputs), trajectories[0], graph_id(cls), writer(cls))
         return io.NodeOutput(coefficients, coefficients.report())
 
 

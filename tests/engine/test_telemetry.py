@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from itertools import pairwise
+from statistics import mean
 from typing import ClassVar
 
 import pytest
@@ -12,15 +14,22 @@ import tools
 import torch
 from frecas_tools import pixels, text
 from frecas_tools import sample as sample_cascade
+from policy_tools import runs
 from tools import attach, log_of, tiny
 
+from lodestar.guiders.cfgpp import inversion
+from lodestar.guiders.cfgpp.inversion import invert, noise_strength
 from lodestar.guiders.cfgpp.sampler import cfgpp_sampler
+from lodestar.guiders.cfgpp.solvers import equivalent_cfg
 from lodestar.guiders.engine import curves, telemetry
 from lodestar.guiders.engine import run as run_module
 from lodestar.guiders.engine.plan import GuidancePlan, Shaper
 from lodestar.guiders.policies.adaptive import AdaptiveGuidance
 from lodestar.guiders.policies.interval import GuidanceInterval
+from lodestar.guiders.policies.linear_ag.fit import fit
+from lodestar.guiders.policies.search import search
 from lodestar.guiders.shapers.apg import APG
+from lodestar.guiders.spaces import Level, levels_of
 
 KINDS = ["unet", "unet_v", "mmdit"]
 
@@ -118,7 +127,8 @@ def test_messages_lead_up_to_the_log(listener):
     assert set(last["nodes"]) == {"1", "2"}  # the third one is neutral
     for node, name in (("1", APG.name), ("2", "PAG (Perturbed-Attention Guidance)")):
         curve = last["nodes"][node]
-        assert (curve["curve"], curve["kind"]) == (name, "update") and not curve["policy"] and "switch" not in curve
+        assert (curve["curve"], curve["kind"]) == (name, "update") and "switch" not in curve
+        assert curve["role"] == ("shaper" if node == "1" else "term")
         assert dict(curve["points"]) == pytest.approx(tools.curves_of(log)[name], rel=1e-4)
         for number, message in enumerate(on_the_way, 1):
             assert message["nodes"][node]["points"] == curve["points"][:number]  # whole series: what was missed does not matter
@@ -149,7 +159,7 @@ def test_the_switch_of_adaptive_guidance(listener, switch):
     last = listener.messages[-1]
     assert last["nodes"]["1"]["switch"] == {"threshold": 0.99, "steps": steps}
     assert last["nodes"]["1"]["kind"] == "cosine"
-    assert last["nodes"]["1"]["policy"] and last["saved"] == pytest.approx(log.saved, abs=0.01) and last["saved"] > 0
+    assert last["nodes"]["1"]["role"] == "policy" and last["saved"] == pytest.approx(log.saved, abs=0.01) and last["saved"] > 0
     for message in listener.messages:  # every picture's switch is known from the step on in which it happens
         told = message["nodes"]["1"]["switch"]["steps"] or [None] * 3
         assert told == [step if step is not None and step < message["step"] else None for step in steps]
@@ -231,7 +241,7 @@ def test_a_cascade_tells_of_its_stages_as_of_one_run(listener):
     assert [message["done"] for message in listener.messages] == [False] * 8 + [True]
     last = listener.messages[-1]
     assert last["stages"] == [{"width": 16, "height": 16, "steps": 4}, {"width": 32, "height": 32, "steps": 3}]
-    assert last["steps"] == 7 and last["nfe"] == 14
+    assert last["steps"] == 7 and last["nfe"] == 14 and last["nodes"]["9"]["role"] == "cascade"
     assert [step for step, _ in last["nodes"]["9"]["points"]] == list(range(7))
     assert [step for step, _ in last["nodes"]["1"]["points"]] == list(range(7))
 
@@ -246,24 +256,106 @@ def test_a_cascade_of_no_node_tells_nothing(listener):
     assert not listener.messages
 
 
-# --- samplers that guide ---------------------------------------------------------------------------------------------
+# --- samplers, fits, searches ----------------------------------------------------------------------------------------
 
 
-def test_the_cfgpp_sampler_of_a_node(listener):
-    model = attach(tiny("unet"))
-    sampler = cfgpp_sampler("euler", 0.6)
+def schedule(model, steps: int = 5) -> torch.Tensor:
+    return tools.comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", steps)
+
+
+@pytest.mark.parametrize("rules", [(), (GuidanceInterval(end_percent=0.6),)])
+def test_the_cfgpp_sampler_of_a_node(listener, rules):
+    """With a model that carries rules, which have messages of their own, and with one that carries none."""
+    model = guided(tiny("unet"), *rules)
     guider = tools.comfy.samplers.CFGGuider(model)
     guider.set_conds(tools.cond(1), tools.cond(2))
-    sigmas = tools.comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", 5)
+    sigmas = schedule(model)
     noise = torch.randn(tools.empty_latent(model).shape, generator=torch.Generator().manual_seed(1))
 
-    def run_it():
+    def run_it(node):
         with torch.inference_mode():
+            sampler = cfgpp_sampler("euler", 0.6, node=node)
             return guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, disable_pbar=True, seed=1)
 
-    plain = run_it()
+    plain = run_it(None)
+    assert not any("5" in message["nodes"] for message in listener.messages)
+    assert run_it("5").equal(plain)
+    messages = [message for message in listener.messages if "5" in message["nodes"]]
+    last = messages[-1]
+    curve = last["nodes"]["5"]
+    assert (curve["kind"], curve["role"]) == ("weight", "trace") and (last["step"], last["steps"], last["done"]) == (5, 5, True)
+    weights = [value for _, value in curve["points"]]
+    levels = levels_of(sigmas.tolist(), flow=False)
+    worth = [equivalent_cfg(0.6, now, then) for now, then in pairwise(levels)]
+    assert weights[:3] == pytest.approx(worth[:3], rel=1e-4)
+    assert weights[3:] == pytest.approx([1, 1] if rules else worth[3:], rel=1e-4)  # outside of the interval
+    assert [message["step"] for message in messages] == [1, 2, 3, 4, 5, 5]
+    assert [message["nodes"]["5"]["points"] for message in messages[:-1]] == [curve["points"][:number] for number in range(1, 6)]
+
+
+@pytest.mark.parametrize("kind", ["unet", "mmdit"])
+def test_an_inversion_tells_how_strong_its_noise_is(listener, kind):
+    model = tiny(kind)
+    latent = torch.randn(tools.empty_latent(model).shape, generator=torch.Generator().manual_seed(2))
+
+    def run_it(node):
+        with torch.inference_mode():
+            return invert(model, tools.cond(1), tools.cond(2), {"samples": latent}, schedule(model), 0.6, node)
+
+    plain, _ = run_it(None)
     assert not listener.messages
-    setattr(sampler, telemetry.NODE, "5")
-    assert run_it().equal(plain)
-    curve = listener.messages[-1]["nodes"]["5"]
-    assert (curve["curve"], curve["kind"]) == ("CFG update", "update") and [step for step, _ in curve["points"]] == list(range(5))
+    noise, sigmas = run_it("6")
+    assert noise["samples"].equal(plain["samples"])
+    last = listener.messages[-1]
+    curve = last["nodes"]["6"]
+    assert last["done"] and (last["step"], last["steps"], last["unit"]) == (5, 5, "step")
+    assert (curve["kind"], [step for step, _ in curve["points"]]) == ("noise", list(range(5)))
+    level = levels_of(sigmas.tolist(), kind == "mmdit")[0]
+    x = level.a * model.model.process_latent_in(noise["samples"])  # next to nothing but noise at this level
+    assert curve["points"][-1][1] == pytest.approx(float(x.square().mean().sqrt()) / level.s, rel=0.1)
+
+
+def test_the_strength_of_noise():
+    clean, noise = (torch.randn(2, 4, 64, 64, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    for level in (Level(1.0, 14.6), Level(0.1, 0.9)):
+        for strength in (1.0, 0.4):
+            x = level.a * clean + level.s * strength * noise
+            assert float(noise_strength(x, clean, level)) == pytest.approx(strength, rel=0.02)
+
+
+def test_a_fit_tells_what_it_does_not_predict(listener):
+    model = tiny("unet")
+    fitted = fit(runs(model, steps=6), 3, "7")
+    assert [message["step"] for message in listener.messages] == [1, 2, 3, 3]
+    last = listener.messages[-1]
+    assert last["done"] and (last["steps"], last["unit"], last["nodes"]["7"]["kind"]) == (3, "run", "residual")
+    assert last["nodes"]["7"]["points"][-1][1] == pytest.approx(mean(1 - r2 for r2, *_ in fitted.r2.values()), rel=1e-3)
+    listener.messages.clear()
+    assert fit(runs(model, steps=6), 3).hash == fitted.hash and not listener.messages
+
+
+def test_a_search_tells_its_loss_and_its_policy(listener):
+    model = tiny("unet")
+    policy, _ = search(runs(model, steps=3), 3, 0.05, "8")
+    last = listener.messages[-1]
+    assert last["done"] and (last["step"], last["steps"], last["unit"], last["nodes"]["8"]["kind"]) == (3, 3, "iteration", "loss")
+    assert last["nfe"] == policy.nfe and last["nfe"] + last["saved"] == 6
+    listener.messages.clear()
+    assert search(runs(model, steps=3), 3, 0.05)[0] == policy and not listener.messages
+
+
+def test_without_a_listener_nothing_is_traced(monkeypatch):
+    monkeypatch.setattr(telemetry, "Trace", lambda *_: pytest.fail("traced for nobody"))
+    monkeypatch.setattr(inversion, "noise_strength", lambda *_: pytest.fail("computed for nobody"))
+    model = tiny("unet")
+    with torch.inference_mode():
+        invert(model, tools.cond(1), tools.cond(2), {"samples": tools.empty_latent(model) + 1}, schedule(model, 2), 0.6, "6")
+
+
+def test_a_shaper_tells_what_cfg_alone_would_do(listener):
+    """APG with neutral settings but for a threshold that nothing meets: its update is that of CFG."""
+    tools.sample(guided(tiny("unet"), APG(eta=1.0, momentum=0.0, norm_threshold=1e9)), steps=3, cfg=4.0)
+    node = listener.messages[-1]["nodes"]["1"]
+    assert node["role"] == "shaper" and len(node["plain"]) == 3
+    for (step, value), (same, plain) in zip(node["points"], node["plain"], strict=True):
+        assert step == same and value == pytest.approx(plain, rel=1e-3)

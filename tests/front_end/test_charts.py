@@ -6,12 +6,16 @@ import asyncio
 import contextlib
 import itertools
 import json
+import re
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 
 from workshop.serving import NO_PROXY
+
+ROOT = Path(__file__).parents[2]
 
 
 def post(url: str, path: str, body: object) -> dict:
@@ -84,7 +88,8 @@ def test_the_client_that_queued_the_prompt_is_told_and_no_other(url):
     graph = prompt(1, ("10", "LodestarAPG", APG_INPUTS), ("11", "LodestarGuidanceInterval", INTERVAL_INPUTS))
     events = run(url, "a", graph, "b", workflow={"id": "w", "nodes": []})
     last = events["a"][-1]
-    assert last["done"] and last["step"] == 4 and set(last["nodes"]) == {"10", "11"}
+    assert last["done"] and last["step"] == 4
+    assert {node: about["type"] for node, about in last["nodes"].items()} == {"10": "LodestarAPG", "11": "LodestarGuidanceInterval"}
     assert last["workflow"] == "w" and last["sampler"] == "90" and last["prompt"]
     assert [event["serial"] for event in events["a"]] == sorted({event["serial"] for event in events["a"]})
     assert events["b"] == []
@@ -157,6 +162,53 @@ def test_a_cascade_node(url):
     events = run(url, "g", graph)["g"]
     assert events[-1]["sampler"] == "30" and set(events[-1]["nodes"]) == {"30"} and events[-1]["step"] == 5
     assert {event["stage"] for event in events} == {0, 1}
+
+
+def test_an_inversion_and_the_sampler_that_follows(url):
+    """On a model without guidance nodes: each tells of itself, under its own node's id."""
+    subscribe(url, "j")
+    model, text, latent = ["1", 0], ["2", 0], ["91", 0]
+    both = {"model": model, "positive": text, "negative": text}
+    graph = {node: prompt(next(seeds))[node] for node in "123"} | {
+        "90": {"class_type": "VAEDecode", "inputs": {"samples": ["3", 0], "vae": ["1", 2]}},
+        "91": {"class_type": "VAEEncode", "inputs": {"pixels": ["90", 0], "vae": ["1", 2]}},
+        "92": {"class_type": "BasicScheduler", "inputs": {"model": model, "scheduler": "normal", "steps": 3, "denoise": 1.0}},
+        "30": {"class_type": "LodestarCFGPPInvert", "inputs": {**both, "latent_image": latent, "sigmas": ["92", 0], "lambda_": 0.6}},
+        "31": {"class_type": "LodestarCFGPP", "inputs": {"sampler": "euler", "lambda_": 0.6, "eta": 1.0, "history": "unconditional"}},
+        "32": {
+            "class_type": "SamplerCustom",
+            "inputs": {
+                **both, "add_noise": False, "noise_seed": 0, "cfg": 1.0, "sampler": ["31", 0], "sigmas": ["30", 1],
+                "latent_image": ["30", 0],
+            },
+        },
+        "33": {"class_type": "PreviewAny", "inputs": {"source": ["32", 0]}},
+    }  # fmt: skip
+    last = {event["sampler"]: event for event in run(url, "j", graph)["j"]}
+    told = {sampler: {node: (about["type"], about["kind"]) for node, about in event["nodes"].items()} for sampler, event in last.items()}
+    assert told == {"30": {"30": ("LodestarCFGPPInvert", "noise")}, "32": {"31": ("LodestarCFGPP", "weight")}}
+    assert all(event["done"] and event["step"] == 3 for event in last.values())
+
+
+def chart_texts(language: str) -> dict[str, str]:
+    return json.loads((ROOT / "locales" / language / "main.json").read_text(encoding="utf-8"))["lodestarCharts"]
+
+
+def test_every_text_of_the_charts_is_there_in_every_language():
+    """What js/ asks for by a fixed key is there, and placeholders are the same in all languages."""
+    english, chinese = chart_texts("en"), chart_texts("zh")
+    assert list(english) == list(chinese)
+    for key, text in english.items():
+        assert set(re.findall(r"{\w+}", text)) == set(re.findall(r"{\w+}", chinese[key])), key
+    scripts = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "js").glob("*.js"))
+    asked = set(re.findall(r"""say\((?:run\.done \? )?"(\w+)\"""", scripts))
+    assert len(asked) > 20 and asked <= set(english)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "workflows").glob("*.json")), ids=lambda path: path.stem)
+def test_a_template_has_no_id(path):
+    """The front end gives every graph that it opens one. With that of the file, it would show the charts of another copy."""
+    assert "id" not in json.loads(path.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("workflow", [None, "text", [], {"nodes": []}, {"id": 3}])

@@ -123,7 +123,7 @@ NEUTRAL = {
     "LodestarAPG": {"eta": 1.0, "norm_threshold": 0.0, "momentum": 0.0},
     "LodestarPAG": {"scale": 0.0},
     "LodestarAutoguidance": {"scale": 1.0},
-    "LodestarGuidanceInterval": {},
+    "LodestarGuidanceInterval": {"start_percent": 0.0, "end_percent": 1.0},
     "LodestarAdaptiveGuidance": {"threshold": 1.001},
 }
 

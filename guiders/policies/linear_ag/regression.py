@@ -10,7 +10,9 @@ Scores are d = (x - D) / sigma: the noise for eps and v models, the velocity for
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from statistics import mean
 
 import torch
 from torch import Tensor
@@ -71,6 +73,12 @@ class Gram:
         total = self.matrix[target, target]
         error = total - 2 * beta @ self.matrix[index, target] + beta @ self.matrix[index][:, index] @ beta
         return float(1 - error / total)
+
+    def residual(self) -> float:
+        """1 - R^2, mean over the replaced steps, of the coefficients that the trajectories so far lead to."""
+        if not torch.isfinite(self.matrix).all():
+            return math.nan
+        return mean(1 - self.r2(k, self.solve(k)) for k in replaced_steps(self.steps))
 
 
 def previous(k: int) -> Tensor:
