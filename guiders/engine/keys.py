@@ -1,7 +1,7 @@
 """The names under which the pack keeps things in the host's dicts: who writes each, and who reads it.
 
 Wrappers, additional models (on a ModelPatcher):
-    LODESTAR    the engine's wrappers, and the weak models of its terms. attach writes, detach removes
+    LODESTAR    the engine's wrappers, and the weak models and VAEs of its terms. attach writes, detach removes
     MAPS        the wrappers of FreCaS's maps
     TIMER       the wrapper by which Compare Guidance takes the time
 

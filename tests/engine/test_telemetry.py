@@ -14,7 +14,7 @@ import tools
 import torch
 from frecas_tools import pixels, text
 from frecas_tools import sample as sample_cascade
-from policy_tools import runs
+from policy_tools import CFG, runs
 from tools import attach, log_of, tiny
 
 from lodestar.guiders.cfgpp import inversion
@@ -27,6 +27,7 @@ from lodestar.guiders.engine.plan import GuidancePlan, Shaper
 from lodestar.guiders.policies.adaptive import AdaptiveGuidance
 from lodestar.guiders.policies.interval import GuidanceInterval
 from lodestar.guiders.policies.linear_ag.fit import fit
+from lodestar.guiders.policies.linear_ag.rule import LinearAG
 from lodestar.guiders.policies.search import search
 from lodestar.guiders.shapers.apg import APG
 from lodestar.guiders.spaces import Level, levels_of
@@ -332,6 +333,9 @@ def test_a_fit_tells_what_it_does_not_predict(listener):
     assert last["nodes"]["7"]["points"][-1][1] == pytest.approx(mean(1 - r2 for r2, *_ in fitted.r2.values()), rel=1e-3)
     listener.messages.clear()
     assert fit(runs(model, steps=6), 3).hash == fitted.hash and not listener.messages
+    tools.sample(guided(model, LinearAG(coefficients=fitted)), steps=6, cfg=CFG)
+    node = listener.messages[-1]["nodes"]["1"]
+    assert (node["role"], node["predicted"]) == ("policy", [1]) and [step for step, _ in node["points"]] == [0, 2]
 
 
 def test_a_search_tells_its_loss_and_its_policy(listener):

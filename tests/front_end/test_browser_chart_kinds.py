@@ -54,6 +54,20 @@ def settle(page, setting: str, value) -> None:
     page.wait_for_timeout(800)
 
 
+def painted(page) -> tuple[list[int], list[str]]:
+    """The background and the colours of the first chart."""
+    return page.evaluate(
+        """selector => {
+            const canvas = document.querySelector(selector);
+            const {data} = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
+            const ink = new Set();
+            for (let i = 0; i < data.length; i += 4) if (data[i + 3] === 255) ink.add(data.slice(i, i + 3).join());
+            return [getComputedStyle(canvas.parentElement).backgroundColor.match(/\\d+/g).map(Number), [...ink]];
+        }""",
+        ".lodestar-chart canvas[aria-label]",
+    )
+
+
 @pytest.fixture(autouse=True)
 def no_errors(page):
     """Whatever a test does, the page throws nothing."""
@@ -75,6 +89,8 @@ def test_every_chart_says_what_its_node_did(page, shots):
             settle(page, "Comfy.ColorPalette", palette)
             page.screenshot(path=shots / f"charts_{renderer}_{palette}.png")
             assert said(page) == heard
+            paper, ink = painted(page)
+            assert (max(paper) < 100 and "116,182,245" in ink) if palette == "dark" else (min(paper) > 150 and "31,95,168" in ink)
     settle(page, "Comfy.VueNodes.Enabled", False)
     settle(page, "Comfy.ColorPalette", "dark")
     settle(page, "Comfy.Locale", "zh")  # which loads the graph anew

@@ -203,36 +203,6 @@ def test_the_demo_workflow_from_the_template_browser_to_a_picture(page, shots):
     look(page, shots / "adaptive_guidance_near.png", "LodestarAdaptiveGuidance")
 
 
-def painted(page) -> tuple[list[int], list[str]]:
-    """The background and the colours of the first chart."""
-    return page.evaluate(
-        """selector => {
-            const canvas = document.querySelector(selector);
-            const {data} = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
-            const ink = new Set();
-            for (let i = 0; i < data.length; i += 4) if (data[i + 3] === 255) ink.add(data.slice(i, i + 3).join());
-            return [getComputedStyle(canvas.parentElement).backgroundColor.match(/\\d+/g).map(Number), [...ink]];
-        }""",
-        MINE,
-    )
-
-
-def test_the_chart_is_painted_and_suits_the_theme(page, shots):
-    load(page, template("everything", steps=6))
-    run(page)
-    assert set(charts(page)) == {"LodestarAPG", "LodestarPAG", "LodestarAutoguidance", "LodestarGuidanceInterval"}
-    dark, ink = painted(page)
-    assert max(dark) < 100 and "116,182,245" in ink  # the curve
-    look(page, shots / "everything_dark.png", "LodestarAPG", 0.9)
-    page.evaluate("() => app.extensionManager.setting.set('Comfy.ColorPalette', 'light')")
-    page.wait_for_timeout(800)
-    light, ink = painted(page)
-    assert min(light) > 150 and "31,95,168" in ink
-    look(page, shots / "everything_light.png", "LodestarAPG", 0.9)
-    page.evaluate("() => app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')")
-    page.wait_for_timeout(500)
-
-
 def test_the_graph_is_moved_and_zoomed_over_a_chart_too(page):
     load(page, template("apg", steps=4))
     run(page)
@@ -343,7 +313,7 @@ def test_nodes_made_of_html(page, shots):
         page.wait_for_timeout(1000)
         before = saved(page)
         run(page)
-        assert len(charts(page)) == 4
+        assert set(charts(page)) == {"LodestarAPG", "LodestarPAG", "LodestarAutoguidance", "LodestarGuidanceInterval"}
         look(page, shots / "everything_html.png", "LodestarAPG", 0.9)
         assert page.locator(MINE).first.bounding_box()["height"] > 30
         page.wait_for_timeout(500)
