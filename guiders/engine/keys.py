@@ -1,9 +1,10 @@
 """The names under which the pack keeps things in the host's dicts: who writes each, and who reads it.
 
 Wrappers, additional models (on a ModelPatcher):
-    LODESTAR    the engine's wrappers, and the weak models of its terms. attach writes, detach removes
+    LODESTAR    the engine's wrappers, and the weak models and VAEs of its terms. attach writes, detach removes
     SHARED      the wrapper inside all others, which computes equal beginnings once. The OUTER_SAMPLE wrapper writes
     MAPS        the wrappers of FreCaS's maps
+    WINDOWS     the wrapper of FreCaS's windows
     TIMER       the wrapper by which Compare Guidance takes the time
 
 ``transformer_options``:
@@ -16,6 +17,7 @@ Wrappers, additional models (on a ModelPatcher):
                 The APPLY_MODEL wrapper writes; FreCaS's maps read
     SHARED      the Chunks of a call of the model, some of which are equal until a variant's change. The APPLY_MODEL wrapper writes; the
                 innermost one reads
+    WINDOWS     the windows of self-attention. The wrapper of FreCaS's windows writes (in a UNet within its layers); their override reads
     AROUND      what has to be put around modules of the network for this forward pass: functions of the network that give a context
                 manager. Perturbed attention writes; the APPLY_MODEL wrapper enters them
     CHUNKS      in a part of a module's or an attention call: which chunks of the forward pass it has. Perturbed attention and shared
@@ -32,6 +34,7 @@ from typing import Any
 
 LODESTAR = "lodestar"
 MAPS = "lodestar maps"
+WINDOWS = "lodestar windows"
 TIMER = "lodestar_timer"
 
 PLAN = "lodestar_plan"

@@ -30,6 +30,7 @@ class RunLog:
     evaluations: the same for each step. saved: what policies left out of it. choices: what each step's first evaluation was to compute.
     shares: by the short name of a term, which share of an evaluation its rows were computed for, for each step in which that is known; what
     comes before its change of the network is shared. unshared: because of whose function less is shared than could be.
+    spent: what rules spent besides evaluations, by its name (decodes, encodes, backward), counted as nfe is.
     curves: one number per recorded step (mean over the rows) of every quantity. switches: by the name of the policy.
     """
 
@@ -45,6 +46,7 @@ class RunLog:
     evaluations: dict[int, float] = field(default_factory=dict)
     shares: dict[str, dict[int, float]] = field(default_factory=dict)
     unshared: str = ""
+    spent: dict[str, float] = field(default_factory=dict)
     choices: dict[int, Choice] = field(default_factory=dict)
     switches: dict[str, Switch] = field(default_factory=dict)
 
@@ -59,7 +61,7 @@ class RunLog:
             "steps": self.steps, "batch": self.batch, "nfe": self.nfe, "rows": self.rows, "calls": self.calls, "saved": self.saved,
             "seconds": self.seconds, "sigmas": self.sigmas, "evaluations": _points(self.evaluations), "curves": curves,
             "switches": switches, "shares": {name: mean(of_term.values()) for name, of_term in self.shares.items()},
-            "unshared": self.unshared,
+            "unshared": self.unshared, "spent": self.spent,
         }  # fmt: skip
 
 
@@ -89,6 +91,8 @@ def joined(logs: Sequence[RunLog]) -> RunLog:
         whole.unshared = whole.unshared or log.unshared
         for target, points in (*by_step, (whole.evaluations, log.evaluations), (whole.choices, log.choices)):
             target.update({whole.steps + step: value for step, value in points.items()})
+        for name, spent in log.spent.items():
+            whole.spent[name] = whole.spent.get(name, 0) + spent
         whole.sigmas = [*whole.sigmas[: whole.steps], *log.sigmas]
         for name in ("steps", "calls", "rows", "nfe", "saved", "seconds"):
             setattr(whole, name, getattr(whole, name) + getattr(log, name))
