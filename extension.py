@@ -19,6 +19,7 @@ NODES = {  # the modules in nodes/, with their node classes, in the order in whi
     "cfgpp": ["LodestarCFGPP", "LodestarCFGPPInvert"],
     "shapers.frequency": ["LodestarFrequencyGuidance"],
     "frecas": ["LodestarFreCaS", "LodestarStageTransition"],
+    "restoration": ["LodestarMeasure", "LodestarMeasurement", "LodestarRestoration"],
     "report": ["LodestarReport"],
     "comparison": ["LodestarCompare"],
     "demo_model": ["LodestarDemoModel"],

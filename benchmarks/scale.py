@@ -1,28 +1,30 @@
 """What large pictures cost: ``python run.py bench scale [--write]``.
 
 An SDXL-shaped UNet and an SD3-medium-shaped MMDiT of the host's own classes, with random weights: direct sampling at the target size,
-the recipe of two KSamplers with an enlarged latent between them, and FreCaS with its authors' steps.
+the recipe of two KSamplers with an enlarged latent between them, and FreCaS with its authors' steps: as it is, with windows of the
+trained size in the stages beyond it, and with Adaptive Guidance as well, counted as if it ended CFG after half of each of these stages
+(the paper's quarter fewer evaluations; when it does depends on model and threshold).
 
-Counted: floating-point operations by shape alone (meta tensors: no weights, no memory), so that every machine prints the same.
-On a GPU, also seconds and peak memory of real runs through the host's samplers and VAE.
+Counted: floating-point operations by shape alone (meta tensors: no weights, no memory), so that every machine prints the same, and the
+memory of the largest attention: its logits for one row in half precision, as a kernel that writes them out would hold them.
+On a GPU, also seconds and peak memory of real runs through the host's samplers and VAE (but for Adaptive Guidance: with random weights
+it would switch anywhere).
 """
 
 from __future__ import annotations
 
 import argparse
-import time
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.model_management
 import comfy.model_patcher
-import comfy.ops
 import comfy.sd
 import comfy.supported_models
-import comfy.utils
 import torch
 import torch.nn.functional as F
 from comfy.ldm.models.autoencoder import AutoencoderKL
@@ -31,12 +33,13 @@ from torch import Tensor
 
 from lodestar.benchmarks import _results
 from lodestar.benchmarks._flops import counted_flops
-from lodestar.benchmarks._sampling import Conds, ksampler
-from lodestar.guiders.frecas.cascade import Cascade
+from lodestar.benchmarks._timed import DENOISE, PIXELS, run_direct, run_frecas, timed_run
 from lodestar.guiders.frecas.stages import Stage
+from lodestar.guiders.frecas.windows import WindowedAttention, Windows, windowed
 
-CFG, NATIVE, PIXELS, TEXT = 7.5, 1024, 8, {"sdxl": 77, "sd3": 154}
-DENOISE = 0.5  # of the second KSampler: half of the steps of the first
+NATIVE, TEXT = 1024, {"sdxl": 77, "sd3": 154}
+GUIDED = 0.5  # of the steps of FreCaS's later stages that have CFG under Adaptive Guidance
+HALF = 2  # bytes
 UNET = {
     "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "num_res_blocks": [2, 2, 2], "channel_mult": [1, 2, 4],
     "transformer_depth": [0, 0, 2, 2, 10, 10], "transformer_depth_middle": 10, "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
@@ -73,6 +76,7 @@ SHAPES = {
     "sd3": Shape(comfy.supported_models.SD3, MMDIT, 16, 4096, 2048, 192 * 2 * PIXELS),
 }
 DIRECT = {"sdxl": 50, "sd3": 28}  # steps: as many as FreCaS has in all
+RUNS = {"direct": run_direct, "two KSamplers": run_direct, "FreCaS": run_frecas, "FreCaS, windows": run_frecas}
 FRECAS = {  # the authors' stages
     ("sdxl", 2048): (Stage(1024, 1024, 40, 0.572), Stage(2048, 2048, 10)),
     ("sdxl", 4096): (Stage(1024, 1024, 30, 1.164), Stage(2048, 2048, 5, 0.572), Stage(4096, 4096, 15)),
@@ -106,64 +110,103 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def sentence(name: str, size: int) -> str:
     """For the README: what FreCaS costs, of direct sampling."""
-    found = {label: flops_of(name, stages, through_pixels=label == "FreCaS") for label, stages in recipes(name, size).items()}
-    two, cascade = (found[label] / found["direct"] for label in ("two KSamplers", "FreCaS"))
+    found = {label: cost_of(name, recipe).flops for label, recipe in recipes(name, size).items()}
+    two, cascade, least = (found[label] / found["direct"] for label in ("two KSamplers", "FreCaS", "FreCaS, windows, AG"))
     return (
-        f"A picture of {size} pixels by a network of SDXL's shape: FreCaS takes {cascade:.0%} of the work of direct sampling, "
-        f"two KSamplers with an enlarged latent between them {two:.0%}."
+        f"A picture of {size} pixels by a network of SDXL's shape: FreCaS takes {cascade:.0%} of the work of direct sampling "
+        f"({least:.0%} with windows and Adaptive Guidance), two KSamplers with an enlarged latent between them {two:.0%}."
     )
 
 
 def table(name: str, size: int, timed: bool) -> str:
-    """Markdown: every recipe's TFLOPs, share of the direct one and, on a GPU, seconds and peak memory."""
-    lines = ["| recipe | steps | TFLOPs | of direct |" + (" seconds | peak GB |" if timed else "")]
-    lines += ["|---|---|---|---|" + ("---|---|" if timed else "")]
+    """Markdown: every recipe's TFLOPs, share of the direct one, largest attention and, on a GPU, seconds and peak memory."""
+    lines = ["| recipe | steps | TFLOPs | of direct | largest attention, GB |" + (" seconds | peak GB |" if timed else "")]
+    lines += ["|---|---|---|---|---|" + ("---|---|" if timed else "")]
     direct = None
-    for label, stages in recipes(name, size).items():
-        flops = flops_of(name, stages, through_pixels=label == "FreCaS")
-        direct = direct or flops
-        steps = ", ".join(f"{stage.steps} at {stage.width}" for stage in stages)
-        line = f"| {label} | {steps} | {flops / 1e12:.0f} | {flops / direct:.2f} |"
-        if timed:
-            seconds, peak = timed_run(RUNS[label], real_model(name), real_vae(name), stages, name)
+    for label, recipe in recipes(name, size).items():
+        cost = cost_of(name, recipe)
+        direct = direct or cost.flops
+        line = f"| {label} | {recipe} | {cost.flops / 1e12:.0f} | {cost.flops / direct:.3f} | {cost.attention / 1e9:.2f} |"
+        if timed and label in RUNS:
+            conds = conditioning(name), conditioning(name)
+            seconds, peak = timed_run(RUNS[label], real_model(name), real_vae(name), recipe.stages, conds)
             line += f" {seconds:.1f} | {peak / 2**30:.1f} |"
+        elif timed:
+            line += " | |"
         lines.append(line)
     return "\n".join(lines)
 
 
-def recipes(name: str, size: int) -> dict[str, tuple[Stage, ...]]:
-    """The three ways to a picture of ``size`` pixels, as the steps they take at each size."""
-    steps = DIRECT[name]
+@dataclass(frozen=True)
+class Recipe:
+    """A way to a picture. cascade: through pixels from stage to stage. guided: share of the steps after the first stage that have CFG."""
+
+    stages: tuple[Stage, ...]
+    cascade: bool = False
+    guided: float = 1.0
+
+    def __str__(self) -> str:
+        parts = []
+        for number, stage in enumerate(self.stages):
+            windows = "" if stage.windows == (1, 1) else f" in {stage.windows[0]}x{stage.windows[1]}"
+            guided = self.guided_steps(number)
+            parts.append(f"{stage.steps} at {stage.width}{windows}" + (f" ({guided} with CFG)" if guided < stage.steps else ""))
+        return ", ".join(parts)
+
+    def guided_steps(self, number: int) -> int:
+        """How many steps of a stage evaluate both prompts: the first ones."""
+        return self.stages[number].steps if number == 0 else math.ceil(self.guided * self.stages[number].steps)
+
+
+def recipes(name: str, size: int) -> dict[str, Recipe]:
+    """The ways to a picture of ``size`` pixels."""
+    steps, stages = DIRECT[name], FRECAS[name, size]
+    small = (stages[0], *(replace(stage, windows=(stage.width // NATIVE, stage.height // NATIVE)) for stage in stages[1:]))
     return {
-        "direct": (Stage(size, size, steps),),
-        "two KSamplers": (Stage(NATIVE, NATIVE, steps), Stage(size, size, round(steps * DENOISE))),
-        "FreCaS": FRECAS[name, size],
+        "direct": Recipe((Stage(size, size, steps),)),
+        "two KSamplers": Recipe((Stage(NATIVE, NATIVE, steps), Stage(size, size, round(steps * DENOISE)))),
+        "FreCaS": Recipe(stages, cascade=True),
+        "FreCaS, windows": Recipe(small, cascade=True),
+        "FreCaS, windows, AG": Recipe(small, cascade=True, guided=GUIDED),
     }
 
 
 # --- counted ---------------------------------------------------------------------------------------------------------
 
 
-def flops_of(name: str, stages: Sequence[Stage], through_pixels: bool) -> int:
-    """Floating-point operations of one picture with CFG, but for the last decoding, which all recipes share."""
-    total = sum(2 * stage.steps * flops_of_row(name, stage.width, stage.height) for stage in stages)
-    if through_pixels:
-        for small, large in pairwise(stages):
-            total += flops_of_vae("decode", small.width, small.height) + flops_of_vae("encode", large.width, large.height)
-    return total
+class Cost(NamedTuple):
+    """Floating-point operations, and bytes of the largest attention's logits."""
+
+    flops: int
+    attention: int
+
+
+def cost_of(name: str, recipe: Recipe) -> Cost:
+    """One picture, but for the last decoding, which all recipes share."""
+    flops, attention = 0, 0
+    for number, stage in enumerate(recipe.stages):
+        rows = [cost_of_row(name, stage.width, stage.height, stage.windows, shifted) for shifted in (False, True)]
+        guided = recipe.guided_steps(number)
+        flops += sum(rows[step % 2].flops * (2 if step < guided else 1) for step in range(stage.steps))
+        attention = max(attention, *(row.attention for row in rows))
+    for small, large in pairwise(recipe.stages) if recipe.cascade else ():
+        flops += flops_of_vae("decode", small.width, small.height) + flops_of_vae("encode", large.width, large.height)
+    return Cost(flops, attention)
 
 
 @cache
-def flops_of_row(name: str, width: int, height: int) -> int:
+def cost_of_row(name: str, width: int, height: int, windows: tuple[int, int] = (1, 1), shifted: bool = False) -> Cost:
     """One forward pass of one row."""
-    shape = SHAPES[name]
-    inputs = (torch.empty(1, shape.channels, height // PIXELS, width // PIXELS, device="meta"), torch.empty(1, device="meta"))
+    shape, network, attention = SHAPES[name], _meta_network(name), _Largest()
+    x = torch.empty(1, shape.channels, height // PIXELS, width // PIXELS, device="meta")
     context = torch.empty(1, TEXT[name], shape.context, device="meta")
     pooled = torch.empty(1, shape.pooled, device="meta")
+    options = {"optimized_attention_override": WindowedAttention(attention)}
+    if windows != (1, 1):
+        options = windowed(network, Windows(*windows, shifted), options, x)
     with counted_flops() as counter, torch.inference_mode():
-        options = {"optimized_attention_override": _attention}
-        _meta_network(name)(*inputs, context=context, y=pooled, transformer_options=options)
-    return counter.get_total_flops()
+        network(x, torch.empty(1, device="meta"), context=context, y=pooled, transformer_options=options)
+    return Cost(counter.get_total_flops(), HALF * attention.logits)
 
 
 @cache
@@ -188,7 +231,18 @@ def _meta_network(name: str) -> torch.nn.Module:
     return config.get_model({}, device=torch.device("meta")).diffusion_model.eval()
 
 
-def _attention(func: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
+class _Largest:
+    """``meta_attention`` that notes the logits of the largest call."""
+
+    def __init__(self) -> None:
+        self.logits = 0
+
+    def __call__(self, func: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
+        self.logits = max(self.logits, heads * q.shape[1] * k.shape[1])
+        return meta_attention(func, q, k, v, heads, *args, **kwargs)
+
+
+def meta_attention(func: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
     """The host's attention as one kernel that the counter knows: q [B, N, H*d] or [B, N, H, d] -> [B, N, H*d]."""
     if not kwargs.get("skip_reshape"):
         q, k, v = (x.reshape(len(x), x.shape[1], heads, -1).transpose(1, 2) for x in (q, k, v))
@@ -233,46 +287,6 @@ def conditioning(name: str) -> list:
     pooled = 1280 if name == "sdxl" else SHAPES[name].pooled
     return [[torch.randn(1, TEXT[name], SHAPES[name].context), {"pooled_output": torch.randn(1, pooled)}]]
 
-
-def timed_run(run: Callable[..., Tensor], model: Any, vae: Any, stages: Sequence[Stage], name: str) -> tuple[float, int]:
-    """Seconds and peak bytes of a recipe, after one run of single steps to warm up."""
-    conds = conditioning(name), conditioning(name)
-    short = [Stage(stage.width, stage.height, min(stage.steps, 2), stage.end) for stage in stages]
-    with torch.inference_mode():
-        run(model, vae, short, conds)
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        began = time.perf_counter()
-        run(model, vae, stages, conds)
-        torch.cuda.synchronize()
-    return time.perf_counter() - began, torch.cuda.max_memory_allocated()
-
-
-def run_direct(model: Any, vae: Any, stages: Sequence[Stage], conds: Conds) -> Tensor:
-    """One KSampler, then a second one on the enlarged latent if there is a second size; the picture."""
-    latent, denoise = _empty(model, stages[0]), 1.0
-    for stage in stages:
-        size = stage.width // PIXELS, stage.height // PIXELS
-        latent = comfy.utils.common_upscale(latent, *size, "nearest-exact", "disabled")
-        latent = ksampler(model, conds, latent, steps=stage.steps, cfg=CFG, scheduler="normal", seed=1, denoise=denoise)
-        denoise = DENOISE
-    return vae.decode(latent)
-
-
-def run_frecas(model: Any, vae: Any, stages: Sequence[Stage], conds: Conds) -> Tensor:
-    """The cascade; the picture."""
-    cascade = Cascade(
-        model=model, vae=vae, stages=stages, cfg=CFG, sampler="euler", scheduler="normal", gamma=-1.0, high_scale=35.0, map_weight=0.6
-    )
-    return vae.decode(cascade.sample(*conds, 1, cascade.latent(None, 1))[-1]["samples"])
-
-
-def _empty(model: Any, stage: Stage) -> Tensor:
-    channels = model.get_model_object("latent_format").latent_channels
-    return torch.zeros(1, channels, stage.height // PIXELS, stage.width // PIXELS)
-
-
-RUNS = {"direct": run_direct, "two KSamplers": run_direct, "FreCaS": run_frecas}
 
 if __name__ == "__main__":
     raise SystemExit(main())

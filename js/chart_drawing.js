@@ -171,7 +171,7 @@ function axisOf({ kind, points, switch: criterion }) {
     const high = rounded(most);
     return { low: 0, high, ticks: [[0, "0"], [high, short(high)]] };
   }
-  const least = { update: 1, noise: 1.5, residual: 0 }[kind];
+  const least = { update: 1, noise: 1.5, residual: 0, error: 0 }[kind];
   const high = most > least ? rounded(most) : least || 1;
   const level = kind === "noise" ? 1 : undefined;
   return { low: 0, high, level, ticks: [[0, "0"], ...(level ? [[level, percent(level)]] : []), [high, percent(high)]] };

@@ -5,7 +5,7 @@ import { say } from "./texts.js";
 /**
  * @typedef {[number, number | null]} Point step and value; null is a value that is not finite
  * @typedef {{threshold: number, steps: (number | null)[]}} Switch for each picture the first step without CFG
- * @typedef {"update" | "weight" | "cosine" | "noise" | "loss" | "residual"} Kind of the curve's values
+ * @typedef {"update" | "weight" | "cosine" | "noise" | "loss" | "residual" | "error"} Kind of the curve's values
  * @typedef {"shaper" | "term" | "policy" | "cascade" | "trace"} Role of the node
  * @typedef {object} NodeCurve
  * @property {string | null} type the node's
@@ -86,6 +86,7 @@ function verdict(run, curve) {
     noise: () => say("noise_found", { percent: percent(last) }),
     loss: () => say(run.done ? "policy" : "policy_so_far", { nfe: round(run.nfe), whole: round(run.nfe + run.saved) }),
     residual: () => say("misses", { percent: percent(last) }),
+    error: () => say("disagrees", { percent: percent(last) }),
   }[curve.kind]();
 }
 
@@ -131,7 +132,7 @@ function lastValue(curve) {
   const parts = [];
   if (value != null) {
     const name = curve.kind === "update" && ["policy", "cascade"].includes(curve.role) ? "cfg_update" : curve.kind;
-    const number = ["update", "noise", "residual"].includes(curve.kind) ? percent(value) : short(value);
+    const number = ["update", "noise", "residual", "error"].includes(curve.kind) ? percent(value) : short(value);
     parts.push({ text: say(`value_${name}`, { value: number }), of: "curve" });
   }
   const plain = curve.plain?.at(-1)?.[1];

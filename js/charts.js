@@ -11,6 +11,7 @@ const EVENT = "lodestar.run";
 const ROUTE = "/lodestar/charts";
 const SETTING = "Lodestar.LiveCharts";
 const SKIPPED = [2, 4]; // modes of muted and bypassed nodes
+const TELLING = ["trace", "term", "shaper", "cascade", "policy"]; // the roles of charts, that which tells most of a run last
 
 /**
  * The last messages of every sampler, in the order in which they ran: of its last prompt, one for each set of nodes, as it may compare models.
@@ -63,7 +64,11 @@ function refresh() {
     if (run.workflow !== graph.id) continue; // a run of another graph, whose nodes have the same ids
     for (const [id, curve] of Object.entries(run.nodes)) {
       const node = nodeAt(graph, id);
-      if (node?.type === curve.type) shown.set(node, [run, curve]);
+      if (node?.type !== curve.type) continue;
+      shown.set(node, [run, curve]);
+      const outside = nodeAt(graph, id.split(":")[0]); // of a subgraph people see its node: that shows the chart that tells most
+      const before = shown.get(outside);
+      if (outside !== node && !(before && TELLING.indexOf(before[1].role) > TELLING.indexOf(curve.role))) shown.set(outside, [run, curve]);
     }
   }
   keepOnly(shown);

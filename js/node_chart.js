@@ -86,7 +86,9 @@ class NodeChart {
       getMaxHeight: () => (others ? height : 3 * height),
     });
     this.widget.serialize = false;
-    node.setSize([node.size[0], Math.max(before + (others ? height : 0), node.computeSize()[1])]);
+    const outside = !node.widgets?.includes(this.widget); // of a subgraph, whose node lays out only what it shows of the nodes inside
+    if (outside) Object.defineProperty(this.widget, "y", { get: () => node.size[1] - height, set() {} });
+    node.setSize([node.size[0], Math.max(before + (others || outside ? height : 0), node.computeSize()[1])]);
     saveWithoutGrowth(node);
     growth.set(node, node.size[1] - before);
     requestAnimationFrame(() => requestAnimationFrame(() => this.settle(before)));
@@ -103,6 +105,7 @@ class NodeChart {
     this.observer.disconnect();
     const { node } = this;
     if (node.widgets?.includes(this.widget)) node.removeWidget(this.widget);
+    else this.widget.onRemove?.();
     const height = node.size[1] - (growth.get(node) ?? 0);
     growth.delete(node);
     if (node.graph) node.setSize([node.size[0], height]);

@@ -11,20 +11,39 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
+from .progress import writer
+from .schema import HIDDEN
 from .training_inputs import CATEGORY
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of file: its folder in ``models``, how its names end, and what those of new files begin with unless the user says so."""
+    """A kind of file: its folder in ``models``, how its names end, and what those of new files begin with unless the user says so.
+
+    made_by: the node whose results such files hold.
+    """
 
     folder: str
     suffix: str
     prefix: str
+    made_by: str
 
     def names(self) -> list[str]:
         """The files there are."""
         return [name for name in folder_paths.get_filename_list(self.folder) if name.endswith(self.suffix)]
+
+    def choices(self) -> list[str]:
+        """What a list of the files offers. The front end shows an empty one as ``undefined``."""
+        return self.names() or [f"nothing to load yet: run {self.made_by} first"]
+
+    def missing(self, name: str) -> str | None:
+        """A sentence for a name that no file has."""
+        names = self.names()
+        if name in names:
+            return None
+        if names:
+            return f"models/{self.folder} has no file {name!r}; choose one of the list (R refreshes it)."
+        return f"There is nothing to load in models/{self.folder} yet; run {self.made_by} and save its result first."
 
     def path(self, name: str) -> Path:
         """Where one of them is."""
@@ -80,13 +99,15 @@ def save_and_load(
                 tooltip=f"Name of the file in models/{kind.folder}; a number is appended. A/B makes a folder A.",
             )  # fmt: skip
             name = io.String.Output("file", tooltip=f"The file's name, as {load.display_name} lists it.")
-            return io.Schema(**vars(save), category=CATEGORY, is_output_node=True, inputs=[value, prefix], outputs=[name])
+            sockets: dict[str, Any] = {"inputs": [value, prefix], "outputs": [name], "hidden": list(HIDDEN)}
+            return io.Schema(**vars(save), category=CATEGORY, is_output_node=True, **sockets)
 
         @classmethod
         def execute(cls, filename_prefix: str, **inputs: Any) -> io.NodeOutput:
-            """Write, and show the name."""
+            """Write, and show where."""
             path = kind.fresh(filename_prefix)
             write(inputs[value.id], path)
+            writer(cls)(f"Saved: {path}")
             name = str(path.relative_to(kind.root))
             return io.NodeOutput(name, ui={"text": (name,)})
 
@@ -97,13 +118,18 @@ def save_and_load(
         def define_schema(cls) -> io.Schema:
             """Schema."""
             tooltip = f"A {kind.suffix} file in the folder models/{kind.folder}."
-            file = io.Combo.Input("file", options=kind.names(), tooltip=tooltip)
+            file = io.Combo.Input("file", options=kind.choices(), tooltip=tooltip)
             return io.Schema(**vars(load), category=CATEGORY, inputs=[file], outputs=outputs)
 
         @classmethod
         def execute(cls, file: str) -> io.NodeOutput:
             """Read."""
             return io.NodeOutput(*read(kind.path(file)))
+
+        @classmethod
+        def validate_inputs(cls, file: str | None = None) -> bool | str:
+            """Whether there is such a file, else one sentence. None: another node gives the name."""
+            return file is None or kind.missing(file) or True
 
         @classmethod
         def fingerprint_inputs(cls, file: str) -> str:

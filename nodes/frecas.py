@@ -64,7 +64,8 @@ class LodestarFreCaS(io.ComfyNode):
                 io.String.Input(
                     "stages", default="auto 2048x2048", multiline=True,
                     tooltip="'auto 2048x2048' for the authors' stages, or your own: '1024x1024: 40 steps, end 0.57; 2048x2048: 10 steps'. "
-                    "end is the noise level (sigma) at which the next stage takes over.",
+                    "end is the noise level (sigma) at which the next stage takes over. ', windows 2x2' at the end of a stage, or of auto, "
+                    "divides its self-attention and saves much at 2K and above.",
                 ),
                 _gamma(" and the number of stages"),
                 io.Float.Input(

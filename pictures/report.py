@@ -22,6 +22,7 @@ _WIDTH = 960
 _PANELS: dict[Kind, tuple[str, int]] = {  # title and height of the panel for each kind of curve, from top to bottom
     "update": ("size of each update, relative to the denoised image", 300),
     "weight": ("weight of plain CFG that does the same in the step", 150),
+    "error": ("error, relative to what was measured", 150),
     "cosine": ("direction", 150),
 }
 _LEFT, _RIGHT, _TOP, _GAP, _FOOT = 76, 28, 62, 62, 66  # margins, and the space above and below the panels
@@ -40,6 +41,7 @@ def table(log: RunLog) -> str:
         ("batch", log.batch, ""),
         ("NFE", _number(log.nfe), f"{log.nfe / max(log.steps, 1):.2f} per step"),
         *([("saved", _number(log.saved), f"of {_number(whole)} NFE ({log.saved / whole:.0%}), left out by policies")] if log.saved else []),
+        *((name, _number(spent), f"{spent / max(log.steps, 1):.2f} per step") for name, spent in log.spent.items()),
         ("rows", log.rows, ""),
         ("calls", log.calls, ""),
         ("seconds", f"{log.seconds:.2f}", f"{log.seconds / max(log.batch, 1):.2f} per image"),

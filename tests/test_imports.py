@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LOADED = ("guiders", "nodes", "pictures", "demo", "charts", "extension", "__init__")  # by ComfyUI, on users' machines
-METHODS = ("shapers", "terms", "policies", "cfgpp", "frecas", "comparison")
+METHODS = ("shapers", "terms", "policies", "cfgpp", "frecas", "restoration", "comparison")
 # A layer may import those above it. Methods may build on each other, as long as no circle comes of it.
 LAYERS = (
     ("guiders.spaces",),

@@ -31,9 +31,9 @@ def attach(model: Any, rule: Rule | None = None, node: str | None = None) -> Any
         clone.set_model_sampler_post_cfg_function(partial(post_cfg_term, len(plan.rules)))
     if rule is not None:
         plan = plan.plus(rule, node)
-        weak = [branch.model for branch in rule.branches if branch.model is not None]
-        if weak and not rule.neutral:
-            clone.set_additional_models(LODESTAR, [*clone.get_additional_models_with_key(LODESTAR), *weak])
+        more = [*(branch.model for branch in rule.branches if branch.model is not None), *rule.models]
+        if more and not rule.neutral:
+            clone.set_additional_models(LODESTAR, [*clone.get_additional_models_with_key(LODESTAR), *more])
     clone.model_options["transformer_options"][PLAN] = plan
     return clone
 

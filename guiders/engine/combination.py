@@ -1,6 +1,6 @@
 """The combination of the predictions: shapers in the host's CFG slot, terms behind it.
 
-D = D_c + (w - 1) shape(D_c - D_u) + sum_k s_k (D_c - D_k)
+D = D_c + (w - 1) shape(D_c - D_u) + sum_k s_k (D_c - D_k) + sum_j v_j
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Kind = Literal["update", "weight", "cosine", "noise", "loss", "residual"]
+Kind = Literal["update", "weight", "cosine", "noise", "loss", "residual", "error"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Quantity:
     update: size of an update, relative to the denoised image. weight: the weight of plain CFG that does the same in the step.
     cosine: of the conditional and the unconditional prediction. noise: strength of the noise that an inversion finds; pure noise has 1.
     loss: of a search. residual: share of the unconditional prediction's square that a fit does not predict, 1 - R^2.
+    error: of what the denoised image should agree with, relative to that.
     """
 
     name: str

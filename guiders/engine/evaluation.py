@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .branches import Branch
 from .choice import Choice, Rows
+from .step import Point
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class Evaluation:
     guides: whether the sampler has asked for D_u. awaits_uncond: whether its evaluation is still to come, in a call of its own.
     uncond_first: whether it came in such a call before that for D_c.
     call: what the host is evaluating now.
-    cond, others: D_c and the branches' D_k, once they are there. shaped: what the shapers made of D_c and D_u.
+    cond, others: D_c and the branches' D_k, once they are there. point: what they are predictions of.
+    shaped: what the shapers made of D_c and D_u.
     """
 
     index: int = -1
@@ -68,6 +70,7 @@ class Evaluation:
     call: FusedCall = FusedCall()
     cond: Tensor | None = None
     others: dict[Branch, Tensor] = field(default_factory=dict)
+    point: Point | None = None
     shaped: Tensor | None = None
 
     @property

@@ -23,6 +23,7 @@ from .evaluation import FusedCall
 from .host import PRE_CFG, combines_itself, is_dual_cfg, keeps_attention_of_uncond
 from .rows import replace_rows
 from .run import Run
+from .step import Point
 
 Calc = Callable[[list, Tensor, Tensor, dict[str, Any]], list[Tensor]]
 
@@ -145,10 +146,17 @@ def _call(run: Run, calc: Calc, asked: _Asked, x: Tensor, timestep: Tensor, opti
     cond = out[asked.positive]
     evaluation.cond = cond.clone() if options.get(PRE_CFG) else cond  # such functions may write into what they get
     evaluation.others = dict(zip(own, extra, strict=True))
+    evaluation.point = Point(x, timestep, run.guider.model_patcher.model, run.guider.conds["positive"], partial(_again, run, calc, options))
     for branch in evaluation.branches:
         if branch.model is not None:
             evaluation.others[branch] = run.weak_models[branch.model].predict(x, timestep, choice.terms)
     return out
+
+
+def _again(run: Run, calc: Calc, options: dict[str, Any], conds: list, x: Tensor, timestep: Tensor) -> Tensor:
+    """One prediction more in the same evaluation, without branches."""
+    with run.evaluation.calling(FusedCall()):
+        return calc([conds], x, timestep, options)[0]
 
 
 def _complete(run: Run, asked: _Asked, out: list[Tensor], x: Tensor, timestep: Tensor) -> None:

@@ -1,8 +1,9 @@
 """The names under which the pack keeps things in the host's dicts: who writes each, and who reads it.
 
 Wrappers, additional models (on a ModelPatcher):
-    LODESTAR    the engine's wrappers, and the weak models of its terms. attach writes, detach removes
+    LODESTAR    the engine's wrappers, and the weak models and VAEs of its terms. attach writes, detach removes
     MAPS        the wrappers of FreCaS's maps
+    WINDOWS     the wrapper of FreCaS's windows
     TIMER       the wrapper by which Compare Guidance takes the time
 
 ``transformer_options``:
@@ -13,6 +14,7 @@ Wrappers, additional models (on a ModelPatcher):
                 us. Written around apply_model; the APPLY_MODEL wrapper reads
     NARROWED    in a part of a call: which rows of its chunks it has (None: all), and the uuids that the chunks have in the whole call.
                 The APPLY_MODEL wrapper writes; FreCaS's maps read
+    WINDOWS     the windows of self-attention. The wrapper of FreCaS's windows writes (in a UNet within its layers); their override reads
     AROUND      what has to be put around modules of the network for this forward pass: functions of the network that give a context
                 manager. Perturbed attention writes; the APPLY_MODEL wrapper enters them
     CHUNKS      in a part of an attention call: which chunks of the forward pass it has. Perturbed attention writes; it and the maps read
@@ -28,6 +30,7 @@ from typing import Any
 
 LODESTAR = "lodestar"
 MAPS = "lodestar maps"
+WINDOWS = "lodestar windows"
 TIMER = "lodestar_timer"
 
 PLAN = "lodestar_plan"

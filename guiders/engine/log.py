@@ -27,6 +27,7 @@ class RunLog:
 
     nfe: evaluations of the whole batch. A call with some rows only counts in proportion, so that nfe times batch is the number of rows.
     evaluations: the same for each step. saved: what policies left out of it. choices: what each step's first evaluation was to compute.
+    spent: what rules spent besides evaluations, by its name (decodes, encodes, backward), counted as nfe is.
     curves: one number per recorded step (mean over the rows) of every quantity. switches: by the name of the policy.
     """
 
@@ -40,6 +41,7 @@ class RunLog:
     sigmas: list[float] = field(default_factory=list)
     curves: dict[Quantity, dict[int, float]] = field(default_factory=dict)
     evaluations: dict[int, float] = field(default_factory=dict)
+    spent: dict[str, float] = field(default_factory=dict)
     choices: dict[int, Choice] = field(default_factory=dict)
     switches: dict[str, Switch] = field(default_factory=dict)
 
@@ -53,7 +55,7 @@ class RunLog:
         return {
             "steps": self.steps, "batch": self.batch, "nfe": self.nfe, "rows": self.rows, "calls": self.calls, "saved": self.saved,
             "seconds": self.seconds, "sigmas": self.sigmas, "evaluations": _points(self.evaluations), "curves": curves,
-            "switches": switches,
+            "switches": switches, "spent": self.spent,
         }  # fmt: skip
 
 
@@ -81,6 +83,8 @@ def joined(logs: Sequence[RunLog]) -> RunLog:
         by_step = [(whole.curves.setdefault(quantity, {}), points) for quantity, points in log.curves.items()]
         for target, points in (*by_step, (whole.evaluations, log.evaluations), (whole.choices, log.choices)):
             target.update({whole.steps + step: value for step, value in points.items()})
+        for name, spent in log.spent.items():
+            whole.spent[name] = whole.spent.get(name, 0) + spent
         whole.sigmas = [*whole.sigmas[: whole.steps], *log.sigmas]
         for name in ("steps", "calls", "rows", "nfe", "saved", "seconds"):
             setattr(whole, name, getattr(whole, name) + getattr(log, name))

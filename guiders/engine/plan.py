@@ -2,9 +2,9 @@
 
 With D_c, D_u the conditional and unconditional denoised predictions and w the sampler's cfg, the engine computes
 
-    D = D_c + (w - 1) shape(D_c - D_u) + sum_k s_k (D_c - D_k)
+    D = D_c + (w - 1) shape(D_c - D_u) + sum_k s_k (D_c - D_k) + sum_j v_j
 
-where *shapers* make up ``shape``, *terms* the sum, and *policies* decide at each step and for each row of the batch what is evaluated.
+where *shapers* make up ``shape``, *terms* the sums, and *policies* decide at each step and for each row of the batch what is evaluated.
 """
 
 from __future__ import annotations
@@ -52,6 +52,11 @@ class Rule(ABC):
         """Predictions the rule needs besides the sampler's own."""
         return ()
 
+    @property
+    def models(self) -> tuple[Any, ...]:
+        """Further models, as the host's patchers, that it has to load together with the guided one."""
+        return ()
+
 
 class Shaper(Rule):
     """Reshapes the CFG update."""
@@ -65,7 +70,7 @@ class Shaper(Rule):
 
 
 class Term(Rule):
-    """Adds an update against the predictions of other branches."""
+    """Adds an update: against the predictions of other branches, or a vector v."""
 
     @abstractmethod
     def add(self, denoised: Tensor, cond: Tensor, others: Mapping[Branch, Tensor], step: Step) -> Tensor:

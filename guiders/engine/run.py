@@ -124,7 +124,8 @@ class Run:
         evaluation, memory = self.evaluation, self.memories.setdefault(index, {})
         return Step(
             evaluation.index, self.sigmas[evaluation.index], evaluation.first, self.layout, memory,
-            covered=self.covers(index), flow=self.flow, reads_uncond=self.reads_uncond, record=self.record,
+            covered=self.covers(index), flow=self.flow, reads_uncond=self.reads_uncond, record=self.record, point=evaluation.point,
+            next_sigma=self.sigmas[evaluation.index + 1], steps=self.log.steps, spend=self.spend,
         )  # fmt: skip
 
     # --- counters and curves ---
@@ -141,6 +142,10 @@ class Run:
     def count_saved(self, branches: int, rows: Rows) -> None:
         """Branches of which only these rows are evaluated."""
         self.log.saved += branches * (1 - (float(rows) if isinstance(rows, bool) else sum(rows) / len(rows)))
+
+    def spend(self, name: str, rows: int) -> None:
+        """Count what a rule spends besides evaluations, such as a decode, for this many rows."""
+        self.log.spent[name] = self.log.spent.get(name, 0) + rows / self.log.batch
 
     def record(self, quantity: Quantity, values: Tensor) -> None:
         """Keep a curve's value [B] for this step; it stays on the device until the run ends."""
@@ -172,6 +177,7 @@ class Run:
     def finish(self) -> None:
         """Bring the curves to the CPU and publish the log under the plan."""
         self.log.seconds = time.perf_counter() - self._began
+        self.evaluation.point = None  # it knows the run: without this, both would live on until Python looks for circles
         self._curves.read()
         self._note_policies()
         publish(self.plan, self.log)

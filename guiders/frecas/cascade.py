@@ -29,6 +29,7 @@ from .map_patches import with_maps
 from .maps import Maps
 from .stages import NAME, Stage, gamma_of, ratio, read_stages
 from .transition import StageStart, decode, empty_latent, encode, first_start, next_start, rescale_conditioning, resize
+from .windows import check_network, with_windows
 
 _OWN_LEVELS = ("dpm_fast", "dpm_adaptive")  # the host's samplers that take only the ends of a schedule
 
@@ -94,7 +95,7 @@ class Cascade:
         return [{"samples": result} for result in results]
 
     def _check(self, latent: dict[str, Any]) -> None:
-        """Raise ValueError, before anything is evaluated, for a latent or a sampler with which stages cannot work."""
+        """Raise ValueError, before anything is evaluated, for a latent, a sampler or a network with which stages cannot work."""
         if latent["samples"].is_nested:
             raise ValueError(f"{NAME} works on pictures and videos; this latent packs several parts.")
         if self.sampler in _OWN_LEVELS and len(self.stages) > 1:
@@ -102,6 +103,8 @@ class Cascade:
                 f"{NAME} and the sampler {self.sampler} do not go together: it chooses its noise levels itself and never evaluates the one "
                 "at which a stage ends; use another sampler, such as dpmpp_2m."
             )
+        if any(stage.windows != (1, 1) for stage in self.stages):
+            check_network(self.model)
 
     def _start(self, index: int, known: _Known, results: Sequence[Tensor], sigmas: Tensor, seed: int) -> StageStart:
         """A stage before it is sampled, given the results of those before it."""
@@ -143,8 +146,8 @@ class Cascade:
         return models
 
     def _guided(self, index: int, maps: Sequence[Maps]) -> Any:
-        """The model of a stage: FA-CFG and the maps of the stage before; maps are collected but in the last stage."""
-        model = attach(self.model)
+        """The model of a stage: its windows, FA-CFG, and the maps of the stage before; maps are collected but in the last stage."""
+        model = with_windows(attach(self.model), *self.stages[index].windows)
         if index and self.cfg not in (1, self.high_scale):  # at cfg 1 there is no D_u
             refuse_lambda(f"{NAME} (high_scale)", reads_uncond(comfy.samplers.sampler_object(self.sampler)), "set high_scale to cfg")
             small = self.stages[index - 1]

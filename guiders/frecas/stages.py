@@ -13,23 +13,29 @@ from ..spaces import is_flow
 
 NAME = "FreCaS Cascade"  # as the user reads it on the node
 _SIZE = r"(\d+)\s*[x×]\s*(\d+)"
-_STAGE = re.compile(rf"{_SIZE}\s*:\s*(\d+)\s*steps?(?:\s*,\s*end\s+(\d*\.?\d+))?", re.IGNORECASE)
-_AUTO = re.compile(rf"auto\s+{_SIZE}", re.IGNORECASE)
-_EXAMPLE = "'1024x1024: 40 steps, end 0.57; 2048x2048: 10 steps' or 'auto 2048x2048'"
+_WINDOWS = rf"(?:\s*,\s*windows\s+{_SIZE})?"
+_STAGE = re.compile(rf"{_SIZE}\s*:\s*(\d+)\s*steps?(?:\s*,\s*end\s+(\d*\.?\d+))?{_WINDOWS}", re.IGNORECASE)
+_AUTO = re.compile(rf"auto\s+{_SIZE}{_WINDOWS}", re.IGNORECASE)
+_EXAMPLE = "'1024x1024: 40 steps, end 0.57; 2048x2048: 10 steps' or 'auto 2048x2048', either with ', windows 2x2' at its end"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: its size in pixels, its evaluated levels, and the noise level of the last of them (0: to the end)."""
+    """One stage: its size in pixels, its evaluated levels, and the noise level of the last of them (0: to the end).
+
+    windows: of its self-attention, across and down (see windows.py); 1 and 1 for none.
+    """
 
     width: int
     height: int
     steps: int
     end: float = 0.0
+    windows: tuple[int, int] = (1, 1)
 
     def __str__(self) -> str:
         end = f", end {self.end:.4g}" if self.end else ""
-        return f"{self.width}x{self.height}: {self.steps} steps{end}"
+        windows = "" if self.windows == (1, 1) else f", windows {self.windows[0]}x{self.windows[1]}"
+        return f"{self.width}x{self.height}: {self.steps} steps{end}{windows}"
 
 
 @dataclass(frozen=True)
@@ -86,13 +92,13 @@ def read_stages(text: str, model: Any, compression: int) -> tuple[Stage, ...]:
     """The checked stages that a text stands for; ValueError with one sentence that says what is wrong."""
     auto = _AUTO.fullmatch(text.strip())
     multiple = size_multiple(model, compression)
-    stages = _automatic(model, int(auto[1]), int(auto[2]), multiple) if auto else parse_stages(text)
+    stages = _automatic(model, int(auto[1]), int(auto[2]), _windows(auto[3], auto[4]), multiple) if auto else parse_stages(text)
     check_stages(stages, multiple)
     return stages
 
 
 def parse_stages(text: str) -> tuple[Stage, ...]:
-    """``WIDTHxHEIGHT: STEPS steps, end LEVEL`` for every stage, separated by semicolons or line breaks."""
+    """``WIDTHxHEIGHT: STEPS steps, end LEVEL, windows ACROSSxDOWN`` for every stage, separated by semicolons or line breaks."""
     parts = [part.strip() for part in re.split(r"[;\n]", text) if part.strip()]
     if not parts:
         raise ValueError(f"{NAME}: stages is empty; write, for example, {_EXAMPLE}.")
@@ -101,15 +107,23 @@ def parse_stages(text: str) -> tuple[Stage, ...]:
         match = _STAGE.fullmatch(part)
         if match is None:
             raise ValueError(f"{NAME}: '{part}' is not a stage; write, for example, {_EXAMPLE}.")
-        width, height, steps, end = match.groups()
-        stages.append(Stage(int(width), int(height), int(steps), float(end or 0)))
+        width, height, steps, end, *windows = match.groups()
+        stages.append(Stage(int(width), int(height), int(steps), float(end or 0), _windows(*windows)))
     return tuple(stages)
 
 
+def _windows(across: str | None, down: str | None) -> tuple[int, int]:
+    return int(across or 1), int(down or 1)
+
+
 def check_stages(stages: Sequence[Stage], multiple: int) -> None:
-    """Raise ValueError for sizes the model cannot take, stages that shrink, and levels that are missing or make no sense."""
+    """Raise ValueError for sizes the model cannot take, stages that shrink, and levels or windows that are missing or make no sense."""
     for number, stage in enumerate(stages, 1):
         check_size(stage.width, stage.height, multiple)
+        most = stage.width // multiple, stage.height // multiple
+        if not all(1 <= count <= limit for count, limit in zip(stage.windows, most, strict=True)):
+            across, down = stage.windows
+            raise ValueError(f"{NAME}: stage {number} has windows {across}x{down}; 1x1 to {most[0]}x{most[1]} are accepted.")
         last = number == len(stages)
         if stage.steps < (1 if last else 2):
             raise ValueError(f"{NAME}: stage {number} has {stage.steps} steps; {'one is' if last else 'two are'} the least.")
@@ -137,17 +151,21 @@ def ratio(small: Stage, large: Stage) -> float:
     return max(large.width / small.width, large.height / small.height)
 
 
-def _automatic(model: Any, width: int, height: int, multiple: int) -> tuple[Stage, ...]:
-    """Stages from the model's native size to this one, each at most twice the one before, with the authors' settings."""
+def _automatic(model: Any, width: int, height: int, windows: tuple[int, int], multiple: int) -> tuple[Stage, ...]:
+    """Stages from the model's native size to this one, each at most twice the one before, with the authors' settings.
+
+    windows: the last stage's. Those between have windows of the same size in pixels; the first of several has none.
+    """
     check_size(width, height, multiple)
     rho = math.sqrt(width * height) / native_size(model)
     count = 1 + max(1, math.ceil(math.log2(rho) - 0.01)) if rho > 1.1 else 1
     preset = preset_of(model, count)
     if count == 1:
-        return (Stage(width, height, sum(preset.steps)),)
+        return (Stage(width, height, sum(preset.steps), windows=windows),)
     stages = []
     for index, (steps, end) in enumerate(zip(preset.steps, (*preset.ends, 0.0), strict=True)):
         shrink = rho ** ((count - 1 - index) / (count - 1))
         sides = (max(multiple, round(side / shrink / multiple) * multiple) for side in (width, height))
-        stages.append(Stage(*sides, steps, end))
+        across, down = (max(1, round(count / shrink)) if index else 1 for count in windows)
+        stages.append(Stage(*sides, steps, end, (across, down)))
     return tuple(stages)

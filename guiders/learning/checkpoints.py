@@ -21,12 +21,15 @@ def blocks(network: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def checkpointed(network: nn.Module) -> Iterator[None]:
-    """Inside, the network's blocks keep only their inputs and run again in the backward pass."""
+def checkpointed(network: nn.Module, written: bool = False) -> Iterator[None]:
+    """Inside, the network's blocks keep only their inputs and run again in the backward pass.
+
+    written: whether these may be written into after their block has run, as the host adds a ControlNet's output; then copies are kept.
+    """
     with ExitStack() as stack:
         for block in list(blocks(network)):
             own = block.__dict__.get("forward")  # a pack's replacement
-            block.forward = partial(_again, block.forward)
+            block.forward = partial(_again, block.forward, written)
             stack.callback(_restore, block, own)
         yield
 
@@ -38,7 +41,7 @@ def _restore(block: nn.Module, own: Callable | None) -> None:
         block.forward = own
 
 
-def _again(forward: Callable, *args: Any, **kwargs: Any) -> Any:
+def _again(forward: Callable, written: bool, *args: Any, **kwargs: Any) -> Any:
     """A checkpoint of one block, whose second run gets what the first one got.
 
     So each run gets copies: the host goes on writing into its options, and Flux's blocks write into the tensors that they are given.
@@ -48,7 +51,7 @@ def _again(forward: Callable, *args: Any, **kwargs: Any) -> Any:
         return forward(*map(_copied, inputs), **{key: _copied(value) for key, value in kwargs.items()})
 
     kwargs = {key: _kept(value) for key, value in kwargs.items()}
-    return checkpoint(run, *map(_kept, args), use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(run, *map(_copied if written else _kept, args), use_reentrant=False, preserve_rng_state=False)
 
 
 def _kept(value: Any) -> Any:

@@ -113,6 +113,14 @@ class Call:
         mask = self.mask if self.mask is None or self.mask.shape[-2] == 1 else self.mask[..., part, :]
         return replace(self, q=self.q.narrow(self.tokens, part.start, part.stop - part.start), mask=mask)
 
+    def among(self, queries: Tensor, keys: Tensor) -> Call:
+        """The call for some queries that see some keys alone: indices of both."""
+        mask = self.mask
+        if mask is not None:
+            mask = (mask if mask.shape[-2] == 1 else mask.index_select(-2, queries)).index_select(-1, keys)
+        k, v = (x.index_select(self.tokens, keys) for x in (self.k, self.v))
+        return replace(self, q=self.q.index_select(self.tokens, queries), k=k, v=v, mask=mask)
+
     def by_head(self) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v as [B, heads, N, d]; grouped heads of k and v repeated."""
         q, k, v = self.q, self.k, self.v

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import comfy.model_management
 import comfy.samplers
-import comfy.utils
 import torch
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from ..engine.schedule import solver_step
 from ..engine.telemetry import tracing
 from ..learning.checkpoints import checkpointed, checkpointed_call
 from ..learning.gradients import cloned, gradients, ordinary_weights, training_kernels
+from ..learning.progress import Progress
 from ..learning.recognition import setting_of
 from ..learning.runs import Runs
 from ..learning.samplers import differentiable
@@ -92,10 +92,12 @@ class SearchSampler(comfy.samplers.Sampler):
         return sampling.inverse_noise_scaling(sigmas[-1], target)
 
 
-def search(runs: Runs, iterations: int, cost_weight: float, node: str | None = None) -> tuple[StepWeights, str]:
+def search(
+    runs: Runs, iterations: int, cost_weight: float, node: str | None = None, write: Callable[[str], None] | None = None
+) -> tuple[StepWeights, str]:  # fmt: skip
     """The policy found by Adam on the logits, one batch of fresh noise per iteration, and a table of how that went.
 
-    node: that of the graph.
+    node: that of the graph. write: gets a line of text now and then, which says how far it is.
 
     Raises ValueError as Runs.check and ``differentiable`` do, and where EasyCache is on the model.
     """
@@ -105,7 +107,7 @@ def search(runs: Runs, iterations: int, cost_weight: float, node: str | None = N
     differentiable(runs.sampler, NAME)
     runs = replace(runs, model=detach(runs.model))
     steps, weights = len(runs.sigmas) - 1, options(runs.cfg)
-    progress = comfy.utils.ProgressBar(iterations)
+    progress = Progress(iterations, write)
     lines = [f"{'iteration':>9}{'loss':>10}{'distance':>10}{'expected NFE':>14}{'NFE':>5}"]
     with gradients(), tracing(node, LOSS, iterations, "iteration") as trace:
         inputs = ("positive", "negative", "sigmas", "latent")
@@ -126,5 +128,5 @@ def search(runs: Runs, iterations: int, cost_weight: float, node: str | None = N
             if number % max(1, iterations // 10) == 0 or number == iterations - 1:
                 expected = sampler.expected * 2 * steps
                 lines.append(f"{number:>9}{sampler.loss:>10.4f}{sampler.distance:>10.4f}{expected:>14.1f}{nfe:>5}")
-            progress.update(1)
+            progress.update(f"{number + 1} of {iterations} · loss {sampler.loss:.4f} · {nfe} of {2 * steps} evaluations")
         return StepWeights(setting_of(guider, runs.sampler, runs.sigmas), found), "\n".join(lines)

@@ -11,6 +11,7 @@ from ...guiders.policies.search import NAME as SEARCH
 from ...guiders.policies.search import search
 from ...guiders.policies.weights_per_step import StepWeights, StepwiseCFG
 from ..files import About, Kind, save_and_load
+from ..progress import writer
 from ..schema import HIDDEN, graph_id, guidance_schema, guided
 from ..training_inputs import CATEGORY, run_inputs, runs_of, seed_input
 
@@ -55,7 +56,7 @@ class LodestarPolicySearch(io.ComfyNode):
     @classmethod
     def execute(cls, iterations: list[int], cost_weight: list[float], **inputs: list) -> io.NodeOutput:
         """Search. All inputs are lists, of which ``positive`` may hold several prompts."""
-        policy, report = search(runs_of(SEARCH, inputs), iterations[0], cost_weight[0], graph_id(cls))
+        policy, report = search(runs_of(SEARCH, inputs), iterations[0], cost_weight[0], graph_id(cls), writer(cls))
         return io.NodeOutput(policy, policy.to_json(), report)
 
 
@@ -86,7 +87,7 @@ def _read(path: Path) -> tuple[StepWeights, str]:
 
 
 LodestarSavePolicy, LodestarLoadPolicy = save_and_load(
-    Kind("guidance", ".json", prefix="policy"),
+    Kind("guidance", ".json", prefix="policy", made_by=SEARCH),
     save=About(
         node_id="LodestarSavePolicy",
         display_name="Guidance policy: save",

@@ -12,6 +12,7 @@ from ...guiders.policies.linear_ag.fit import NAME as FIT
 from ...guiders.policies.linear_ag.fit import fit
 from ...guiders.policies.linear_ag.rule import SECOND_HALVES, LinearAG
 from ..files import About, Kind, save_and_load
+from ..progress import writer
 from ..schema import HIDDEN, graph_id, guidance_schema, guided
 from ..training_inputs import CATEGORY, run_inputs, runs_of, seed_input
 
@@ -50,7 +51,7 @@ class LodestarLinearAGFit(io.ComfyNode):
     @classmethod
     def execute(cls, trajectories: list[int], **inputs: list) -> io.NodeOutput:
         """Fit. All inputs are lists, of which ``positive`` may hold several prompts."""
-        coefficients = fit(runs_of(FIT, inputs), trajectories[0], graph_id(cls))
+        coefficients = fit(runs_of(FIT, inputs), trajectories[0], graph_id(cls), writer(cls))
         return io.NodeOutput(coefficients, coefficients.report())
 
 
@@ -89,7 +90,7 @@ def _read(path: Path) -> tuple[Coefficients, str]:
 
 
 LodestarSaveCoefficients, LodestarLoadCoefficients = save_and_load(
-    Kind("guidance", ".safetensors", prefix="linear_ag"),
+    Kind("guidance", ".safetensors", prefix="linear_ag", made_by=FIT),
     save=About(
         node_id="LodestarSaveCoefficients",
         display_name="LinearAG: save coefficients",

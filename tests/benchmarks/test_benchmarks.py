@@ -80,23 +80,45 @@ def test_inversion(host, model):
     assert changed[..., 1].all() and not changed[..., 0].any() and not changed[..., 2].any()
 
 
-def test_scale_counts_what_the_stages_cost(host, monkeypatch):
-    """A stage's cost is its steps times two rows of its size, and FreCaS pays for its VAE round trip."""
+@pytest.fixture
+def small_sd3(host, monkeypatch):
+    """``bench scale`` with a network of SD3's shape and two blocks, called small."""
     from lodestar.benchmarks import scale
-    from lodestar.guiders.frecas.stages import Stage
 
     params = {"in_features": 4096, "out_features": 128}
     small = {"depth": 2, "context_embedder_config": {"target": "torch.nn.Linear", "params": params}}
     shape = scale.Shape(scale.SHAPES["sd3"].family, scale.MMDIT | small, 16, 4096, 2048)
     monkeypatch.setitem(scale.SHAPES, "small", shape)
     monkeypatch.setitem(scale.TEXT, "small", 154)
-    row = {size: scale.flops_of_row("small", size, size) for size in (256, 512)}
+    return scale
+
+
+def test_scale_counts_what_the_stages_cost(small_sd3):
+    """A stage's cost is its steps times two rows of its size, or one without CFG, and FreCaS pays for its VAE round trip."""
+    from lodestar.guiders.frecas.stages import Stage
+
+    scale = small_sd3
+    row = {size: scale.cost_of_row("small", size, size).flops for size in (256, 512)}
     assert 3.5 < row[512] / row[256] < 8
     stages = (Stage(256, 256, 4), Stage(512, 512, 3))
     plain = 2 * (4 * row[256] + 3 * row[512])
-    assert scale.flops_of("small", stages, through_pixels=False) == plain
+    assert scale.cost_of("small", scale.Recipe(stages)).flops == plain
     trip = scale.flops_of_vae("decode", 256, 256) + scale.flops_of_vae("encode", 512, 512)
-    assert scale.flops_of("small", stages, through_pixels=True) == plain + trip > plain
+    assert scale.cost_of("small", scale.Recipe(stages, cascade=True)).flops == plain + trip > plain
+    assert scale.cost_of("small", scale.Recipe(stages, guided=0.5)).flops == plain - row[512]
+    assert str(scale.Recipe(stages, guided=0.5)) == "4 at 256, 3 at 512 (2 with CFG)"
+
+
+def test_scale_counts_attention_in_windows(small_sd3):
+    """Of N picture and T text tokens: a picture's token sees its window and the text, the text sees everything."""
+    scale, heads, width, blocks, text = small_sd3, 2, 128, 2, 154
+    every, areas = 32 * 32 + text, [down * across for down in (20, 12) for across in (20, 12)]
+    full, even = (scale.cost_of_row("small", 512, 512, windows) for windows in ((1, 1), (2, 2)))
+    odd = scale.cost_of_row("small", 512, 512, (2, 2), shifted=True)
+    left = sum(area * (area + text) for area in areas) + text * every
+    assert full.flops - even.flops == full.flops - odd.flops == 4 * blocks * width * (every**2 - left)
+    assert full.attention == 2 * heads * every**2
+    assert even.attention == 2 * heads * max(max(areas) * (max(areas) + text), text * every)
 
 
 def test_scale_runs_its_recipes(host):

@@ -99,14 +99,18 @@ def test_stages_are_read(text):
 
 
 def test_stages_are_written_as_they_are_read():
-    stages = parse_stages("1024x768: 40 steps, end 0.57; 2048x1536: 10 steps")
+    stages = parse_stages("1024x768: 40 steps, end 0.57, windows 2x1; 2048x1536: 10 steps; 4096x3072: 5 steps, WINDOWS 4×3")
     assert parse_stages("; ".join(map(str, stages))) == stages
+    assert [stage.windows for stage in stages] == [(2, 1), (1, 1), (4, 3)]
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"stages is empty; write, for example, '1024x1024: 40 steps, end 0\.57; 2048x2048: 10 steps' or 'auto 2048x2048'\."),
+        (
+            "",
+            r"stages is empty; write, for example, '1024x1024: 40 steps, end 0\.57; 2048x2048: 10 steps' or 'auto 2048x2048'",
+        ),
         ("1024: 40 steps", "'1024: 40 steps' is not a stage; write, for example"),
         ("1024x1024: 40 steps, end half", "is not a stage"),
         ("1024x1000: 40 steps, end 1; 2048x2048: 9 steps", "1024x1000 is not a multiple of 16 pixels; the nearest valid size is 1024x1008"),
@@ -212,6 +216,8 @@ def test_automatic_stages_of_the_demo_models(host):
     from lodestar.guiders.frecas.stages import read_stages
 
     assert [stage.width for stage in read_stages("auto 128x128", load_model("unet", "weak"), 1)] == [32, 64, 128]
+    windows = [stage.windows for stage in read_stages("auto 128x128, windows 4x3", load_model("unet", "weak"), 1)]
+    assert windows == [(1, 1), (2, 2), (4, 3)]
     with pytest.raises(ValueError, match="66x64 is not a multiple of 4 pixels; the nearest valid size is 68x64"):
         read_stages("auto 66x64", load_model("unet", "weak"), 1)
 

@@ -97,3 +97,44 @@ def test_help_pages_are_served(url):
     for name in ours:
         with NO_PROXY.open(f"{url}/extensions/lodestar/docs/{name}.md", timeout=60) as answer:
             assert answer.read().decode().startswith("#"), name
+        with NO_PROXY.open(f"{url}/extensions/lodestar/docs/{name}/zh.md", timeout=60) as answer:
+            assert answer.read().decode().startswith("#"), name
+
+
+OPEN_HELP = """async id => {
+    const stores = document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia._s;
+    const node = LiteGraph.createNode(id);
+    app.graph.add(node);
+    app.canvas.selectItems([node]);
+    stores.get('canvas').updateSelectedItems();
+    while (!document.querySelector('.node-help-content')) { // the panel has to turn to the selection first
+        stores.get('rightSidePanel').openPanel('info');
+        await new Promise(resolve => setTimeout(resolve, 100));
+    }
+}"""
+
+
+def test_the_help_panel_shows_a_page_and_enlarges_its_picture(page, url, shots):
+    """In Chinese: tables and picture fit the panel. The picture opens at its own size on a click, and Escape closes it."""
+    try:
+        page.evaluate("async () => app.extensionManager.setting.set('Comfy.Locale', 'zh')")
+        page.set_viewport_size({"width": 1600, "height": 1000})
+        page.goto(url)
+        page.wait_for_function("() => window.app?.graph?.nodes.length && window.LiteGraph?.registered_node_types.LodestarAPG")
+        page.evaluate(OPEN_HELP, "LodestarAPG")
+        picture = page.locator(".node-help-content img")
+        picture.wait_for()
+        assert page.locator(".node-help-content h1").inner_text() == "APG（自适应投影引导）"
+        widths = "tables => tables.every(table => table.scrollWidth <= table.parentElement.clientWidth)"
+        assert page.locator(".node-help-content table").evaluate_all(widths)
+        page.screenshot(path=shots / "help_zh.png")
+        picture.click()
+        whole = page.locator("dialog.lodestar-picture img")
+        whole.wait_for()
+        width, natural = whole.evaluate("async image => { await image.decode(); return [image.clientWidth, image.naturalWidth] }")
+        assert width == natural > 2 * picture.evaluate("image => image.clientWidth")
+        page.keyboard.press("Escape")
+        whole.wait_for(state="detached")
+    finally:
+        page.evaluate("async () => app.extensionManager.setting.set('Comfy.Locale', 'en')")
+    assert not page.errors

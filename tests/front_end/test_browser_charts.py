@@ -298,6 +298,8 @@ def test_a_node_in_a_subgraph(page, shots):
     )
     run(page)
     assert set(charts(page)) == {"LodestarPAG"}
+    said = page.locator(".lodestar-chart canvas").evaluate_all("all => all.map(canvas => canvas.ariaLabel)")
+    assert len(said) == 3 and len(set(said)) == 2  # that of APG twice: inside, and on the subgraph's node, which people see
     page.evaluate("() => app.canvas.setGraph(inside)")
     page.wait_for_timeout(500)
     assert "step 4 of 4" in charts(page)["LodestarAPG"]

@@ -14,7 +14,9 @@ from workshop import api, stand_in
 from workshop.serving import server
 
 WORKFLOWS = sorted((Path(__file__).parents[2] / "workflows").glob("*.json"))
-NEED_FILES = ("flux_apg", "sd3_adaptive_guidance", "sdxl_apg_pag", "sdxl_cfgpp", "sdxl_compare", "sdxl_frecas")  # of models
+NEED_FILES = (  # of models
+    "flux_apg", "sd3_adaptive_guidance", "sdxl_apg_pag", "sdxl_cfgpp", "sdxl_compare", "sdxl_frecas", "sdxl_restoration",
+)  # fmt: skip
 GRIDS = ("compare", "sdxl_compare")  # all pictures in one
 NODES = (
     "LodestarAPG",
@@ -35,6 +37,9 @@ NODES = (
     "LodestarFrequencyGuidance",
     "LodestarFreCaS",
     "LodestarStageTransition",
+    "LodestarMeasure",
+    "LodestarMeasurement",
+    "LodestarRestoration",
     "LodestarReport",
     "LodestarCompare",
     "LodestarDemoModel",

@@ -100,29 +100,26 @@ def test_cfgpp(models):
     assert tools.close(run(compiled), run(model), 1e-6)
 
 
+def end_of_cascade(model, kind, windows="", **settings) -> Tensor:
+    """What two stages make."""
+    end = 0.4 if kind == "mmdit" else 0.9
+    whole = cascade(model, f"8x8: 2 steps, end {end}; 16x16: 2 steps{windows}", **settings)
+    with torch.inference_mode():
+        return whole.sample(tools.cond(1), tools.cond(2), 1, whole.latent(None, 1))[-1]["samples"]
+
+
 def test_cascades_with_maps(models, kind):
-    def run(model) -> Tensor:
-        end = 0.4 if kind == "mmdit" else 0.9
-        whole = cascade(model, f"8x8: 2 steps, end {end}; 16x16: 2 steps", map_weight=0.6)
-        with torch.inference_mode():
-            return whole.sample(tools.cond(1), tools.cond(2), 1, whole.latent(None, 1))[-1]["samples"]
-
     model, compiled = models
-    assert tools.close(run(compiled), run(model), 1e-6)
+    assert tools.close(end_of_cascade(compiled, kind, map_weight=0.6), end_of_cascade(model, kind, map_weight=0.6), 1e-6)
     rule = pag(model, "masked")
-    assert tools.close(run(compile_(tools.guided(model, rule))), run(tools.guided(model, rule)), 1e-6)
+    expected = end_of_cascade(tools.guided(model, rule), kind, map_weight=0.6)
+    assert tools.close(end_of_cascade(compile_(tools.guided(model, rule)), kind, map_weight=0.6), expected, 1e-6)
 
 
-def test_modules_that_had_something_around_them_run_compiled_as_before():
-    """PixArt's attention is reached by wrappers around modules, which torch would see."""
-    torch._dynamo.reset()
-    model = tools.tiny("pixart", depth=2)
-    compiled, plain = compile_(model), sample(model)
-    assert sample(compiled).equal(plain)
-    compilations, rule = graphs(), pag(model, "masked")
-    assert tools.close(sample(tools.guided(compiled, rule)), sample(tools.guided(model, rule)), 1e-6)
-    assert sample(compiled).equal(plain) and graphs() == compilations
-    torch._dynamo.reset()
+def test_cascades_with_windows(models, kind):
+    """Every other step has other ones, and the shapes are the same."""
+    model, compiled = models
+    assert tools.close(end_of_cascade(compiled, kind, ", windows 2x2"), end_of_cascade(model, kind, ", windows 2x2"), 1e-6)
 
 
 def test_what_runs_uncompiled_ends_with_the_last_of_several_threads():

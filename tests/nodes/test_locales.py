@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 LOCALES = Path(__file__).parents[2] / "locales"
+HELP = Path(__file__).parents[2] / "js" / "docs"
 OTHERS = sorted(folder.name for folder in LOCALES.iterdir() if folder.is_dir() and folder.name not in ("en", "__pycache__"))
 OF_THE_HOST = {"guidance", "sampling", "training"}  # categories that it translates itself
 NAME_LIKE = re.compile(r"\b[A-Z][a-z]+(?: [A-Z][a-z]+)+|\b\w+[a-z][A-Z]\w*|\w+: (?:save|load|fit|apply|search)")
@@ -66,19 +67,36 @@ def test_labels_are_words(language):
 def names_of(served):
     """What nodes are called: by id, also with spaces in it, by name, and by what stands before and in the brackets of a name."""
     for node_id, node in served.items():
-        yield from (node_id, re.sub(r"(?<=[a-z])(?=[A-Z])", " ", node_id), *filter(None, re.split(r" \(|\)", node["display_name"] or "")))
+        name = node["display_name"] or ""
+        yield from filter(None, (node_id, re.sub(r"(?<=[a-z])(?=[A-Z])", " ", node_id), name, *re.split(r" \(|\)", name)))
+
+
+def named_in_help_pages(language):
+    """What the help pages of a language mark as the name of a node: slanted in English, but for captions and sources; else quoted."""
+    pages, mark = ("*.md", r"(?<![*\w])\*([^*\n]+)\*(?![*\w])") if language == "en" else (f"*/{language}.md", "“([^”]+)”")
+    for page in HELP.glob(pages):
+        for paragraph in page.read_text(encoding="utf-8").split("\n\n"):
+            if not re.match(r"\*\w", paragraph):
+                yield from ((page, found) for found in re.findall(mark, paragraph))
 
 
 def test_texts_name_nodes_that_exist(url):
     """Whatever looks like the name of a node, words in capitals or one with a capital inside, is the name of one, ours or the host's."""
     from workshop import api
 
-    names = sorted({"ComfyUI", "LoRAs", "LoRA", "LinearAG", *names_of(api.Client(url).get_json("/object_info"))}, key=len, reverse=True)
-    known = re.compile("|".join(rf"(?<!\w){re.escape(name)}(?!\w)" for name in names if name))
+    nodes = set(names_of(api.Client(url).get_json("/object_info")))
+    names = sorted({"ComfyUI", "LoRAs", "LoRA", "LinearAG", *nodes}, key=len, reverse=True)
+    known = re.compile("|".join(rf"(?<!\w){re.escape(name)}(?!\w)" for name in names))
     for path, text in by_keys(read("en")).items():
         if path[-1] in ("description", "tooltip"):
             unknown = NAME_LIKE.findall(known.sub("", text))
             assert not unknown, (path, unknown)
+    assert [found for found in named_in_help_pages("en") if found[1] not in nodes] == []
+    for language in OTHERS:
+        ours = {part for node in read(language).values() for part in (node["display_name"], *re.split("[（）]", node["display_name"]))}
+        quoted = [(path, name) for path, text in by_keys(read(language)).items() for name in re.findall("“([^”]+：[^”]+)”", text)]
+        wrong = [found for found in (*named_in_help_pages(language), *quoted) if found[1] not in ours]
+        assert wrong == []
 
 
 def test_numbers_and_choices_are_those_of_the_english_text(host):

@@ -12,7 +12,7 @@ from workshop.interface import recorded
 
 ROOT = Path(__file__).resolve().parents[2]
 NODES = recorded()  # test_interface.py compares it with what the nodes have
-APPLIED = ("LodestarLinearAG", "LodestarGuidancePolicy")  # need more than a model
+APPLIED = ("LodestarLinearAG", "LodestarGuidancePolicy", "LodestarRestoration")  # need more than a model
 GUIDANCE = [node for node in NODES if NODES[node]["outputs"] == [{"type": "MODEL"}] and node not in APPLIED]
 WINDOWED = [node for node in GUIDANCE if "start_percent" in [entry["name"] for entry in NODES[node]["inputs"]]]
 

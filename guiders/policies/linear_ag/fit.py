@@ -6,11 +6,11 @@ step on runs that already use the steps before it needs new trajectories for eve
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import comfy.model_management
-import comfy.utils
 import torch
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from ...engine.host import has_frames_for_rows
 from ...engine.plan import Policy
 from ...engine.step import Step
 from ...engine.telemetry import tracing
+from ...learning.progress import Progress
 from ...learning.recognition import setting_of
 from ...learning.runs import Runs
 from .coefficients import Coefficients
@@ -34,10 +35,10 @@ LEAST_STEPS = 4  # the first schedule with a step to replace
 class Trajectory:
     """The scores of one run, in the order of its steps."""
 
-    def __init__(self, progress: comfy.utils.ProgressBar) -> None:
+    def __init__(self, progress: Progress, pictures: str) -> None:
         self.cond: list[Tensor] = []
         self.uncond: list[Tensor] = []
-        self.progress = progress
+        self.progress, self.pictures = progress, pictures
 
     def add(self, cond: Tensor, uncond: Tensor) -> None:
         """Keep the scores of the next step. Raises ValueError where the latent's size is not that of the steps before."""
@@ -46,7 +47,7 @@ class Trajectory:
             raise ValueError(f"{NAME} cannot work with a sampler that changes the latent's size between steps; use another sampler.")
         self.cond.append(cond)
         self.uncond.append(uncond)
-        self.progress.update(1)
+        self.progress.update(self.pictures)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +76,10 @@ class Recorder(Policy):
         self.trajectory.add(score(x, cond, sigma), score(x, uncond, sigma))
 
 
-def fit(runs: Runs, trajectories: int, node: str | None = None) -> Coefficients:
-    """Sample ``trajectories`` images or videos with CFG, as many at a time as the latent has, and solve. ``node``: that of the graph.
+def fit(runs: Runs, trajectories: int, node: str | None = None, write: Callable[[str], None] | None = None) -> Coefficients:
+    """Sample ``trajectories`` images or videos with CFG, as many at a time as the latent has, and solve.
+
+    node: that of the graph. write: gets a line of text now and then, which says how far it is.
 
     Raises ValueError as ``Runs.check`` does, and for samplers of several evaluations per step.
     """
@@ -86,10 +89,11 @@ def fit(runs: Runs, trajectories: int, node: str | None = None) -> Coefficients:
     one_video = has_frames_for_rows(runs.model)  # which the latent's rows are then
     batch = 1 if one_video else len(runs.latent["samples"])
     count = -(-trajectories // batch)
-    progress = comfy.utils.ProgressBar(steps * count)
+    progress = Progress(steps * count, write)
     with tracing(node, RESIDUAL, count, "run") as trace:
         for number in range(count):
-            trajectory = Trajectory(progress)
+            last = min(gram.trajectories + batch, trajectories)
+            trajectory = Trajectory(progress, f"{last} of {trajectories} pictures")
             guider = runs.guider(number, attach(runs.model, Recorder(trajectory=trajectory)))
             runs.sample(guider, number, runs.sampler, None if one_video else trajectories - gram.trajectories)
             gram.add(*([one[None] for one in scores] if one_video else scores for scores in (trajectory.cond, trajectory.uncond)))

@@ -1,0 +1,1 @@
+"""Restoration: a picture that was damaged in a known way guides the sampling."""
