@@ -66,6 +66,7 @@ function refresh() {
       const node = nodeAt(graph, id);
       if (node?.type !== curve.type) continue;
       shown.set(node, [run, curve]);
+      if (window.LiteGraph?.vueNodesMode) continue; // there a subgraph's node has no room for it
       const outside = nodeAt(graph, id.split(":")[0]); // of a subgraph people see its node: that shows the chart that tells most
       const before = shown.get(outside);
       if (outside !== node && !(before && TELLING.indexOf(before[1].role) > TELLING.indexOf(curve.role))) shown.set(outside, [run, curve]);

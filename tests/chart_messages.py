@@ -44,6 +44,11 @@ EVERY: dict[str, tuple[str, Message, str]] = {
         message({"role": "term", "kind": "update", "points": _falling(0.006, 0.002)}, nfe=60, evaluations=_points([3] * STEPS)),
         "Added up to 0.6 % of the image, update 0.21 %, step 20 of 20, 60 evaluations (NFE)",
     ),
+    "error": (
+        "LodestarRestoration",
+        message({"role": "term", "kind": "error", "points": _falling(0.7, 0.02)}, nfe=20, evaluations=_points([1] * STEPS)),
+        "3.5 % away from the damaged picture, error 3.5 %, step 20 of 20, 20 evaluations (NFE)",
+    ),
     "no effect": (
         "LodestarAutoguidance",
         message({"role": "term", "kind": "update", "points": _falling(6e-7, 1e-7)}, nfe=60, evaluations=_points([3] * STEPS)),

@@ -32,6 +32,7 @@ class Method:
     claims: the rows of the table, given finished cells.
     curves: lines over ``axis``, one panel for each of ``panels``.
     strips: cells whose first pictures are shown side by side, by model.
+    of_a_paper: whether the claims are a paper's; those of our own additions do not count as such.
     """
 
     title: str
@@ -41,6 +42,7 @@ class Method:
     strips: tuple[Cell, ...] = ()
     others: tuple[Cell, ...] = ()
     panels: tuple[Metric, ...] = (FRECHET, ACCURACY, PRECISION, RECALL, SATURATION)
+    of_a_paper: bool = True
 
     @property
     def cells(self) -> list[Cell]:

@@ -52,8 +52,8 @@ class Report:
         return "\n\n".join([*parts, *([f"Not measured yet: {', '.join(missing)}."] if missing else [])])
 
     def counts(self) -> dict[str, int]:
-        """How many claims have each verdict."""
-        found = [claim["verdict"] for method in self.methods.values() for claim in method["claims"]]
+        """How many claims of the papers have each verdict."""
+        found = [claim["verdict"] for method in self.methods.values() if method.get("of a paper", True) for claim in method["claims"]]
         return {verdict: found.count(verdict) for verdict in VERDICTS}
 
     def sentence(self) -> str:
@@ -88,7 +88,8 @@ def _method(method: Any, results: Results) -> dict[str, Any]:
         made = results.made(cell)
         values = {metric.name: asdict(results.measure(cell, metric)) for metric in METRICS}
         cells.append({"model": cell["model"], "label": cell.label, "nfe": made.nfe, "flops": made.flops, "seconds": made.seconds} | values)
-    return {"title": method.title, "claims": [_claim(claim, results) for claim in method.claims(results)], "cells": cells}
+    about = {} if method.of_a_paper else {"of a paper": False}
+    return {"title": method.title, **about, "claims": [_claim(claim, results) for claim in method.claims(results)], "cells": cells}
 
 
 def _claim(claim: Claim, results: Results) -> dict[str, Any]:

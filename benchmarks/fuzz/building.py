@@ -196,7 +196,13 @@ def _guider(
 ) -> list[Tensor]:  # fmt: skip
     inputs = {
         "CFGGuider": {"positive": positive, "negative": negative, "cfg": cfg},
-        "DualCFGGuider": {"cond1": positive, "cond2": negative, "negative": negative, "cfg_conds": cfg, "cfg_cond2_negative": 2.0},
+        "DualCFGGuider": {
+            "cond1": positive,
+            "cond2": negative,
+            "negative": negative,
+            "cfg_conds": cfg,
+            "cfg_cond2_negative": 2.0 if cfg != 1 else 1.0,
+        },
         "BasicGuider": {"conditioning": positive},
         "PerpNegGuider": {"positive": positive, "negative": negative, "empty_conditioning": negative, "cfg": cfg, "neg_scale": 1.0},
     }[guider]

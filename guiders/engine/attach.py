@@ -24,8 +24,9 @@ def attach(model: Any, rule: Rule | None = None, node: str | None = None) -> Any
     if rule is not None:
         check_attached(plan, rule, model.model_options)
     clone = model.clone()
-    if plan_of(model.model_options) is None:
+    if all(other.neutral for other in plan.rules):  # our place among other packs' wrappers is that of the first rule that does something
         for kind, wrapper in WRAPPERS.items():
+            clone.remove_wrappers_with_key(kind, LODESTAR)
             clone.add_wrapper_with_key(kind, LODESTAR, wrapper)
     if isinstance(rule, Term):  # our place among other packs' post-CFG functions is the place of the node in the graph
         clone.set_model_sampler_post_cfg_function(partial(post_cfg_term, len(plan.rules)))

@@ -64,7 +64,8 @@ def keeps_attention_of_uncond(model_options: Mapping[str, Any]) -> bool:
 
 def leaves_out_forward_passes(model_options: Mapping[str, Any]) -> bool:
     """Whether the host's EasyCache is on the model, which guesses some forward passes from earlier ones."""
-    return "easycache" in model_options.get("transformer_options", {})
+    holder = model_options.get("transformer_options", {}).get("easycache")  # LazyCache's too, which works around the samplers' calls
+    return getattr(holder, "name", None) == "EasyCache"
 
 
 def cfg_slot_owner(model_options: Mapping[str, Any]) -> str | None:

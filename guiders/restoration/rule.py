@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..engine.branches import Branch
 from ..engine.curves import Quantity
+from ..engine.host import leaves_out_forward_passes
 from ..engine.plan import Term
 from ..engine.start import Start
 from ..engine.step import Point, Step
@@ -57,6 +58,11 @@ class Restoration(Term):
     def check(self, start: Start) -> None:
         """Refuse latents that are not of the pictures that were measured, and those that are too large for gradients."""
         check_vae(self.name, start.guider.model_patcher.model, self.vae)
+        if self.mode == "psld" and leaves_out_forward_passes(start.guider.model_options):
+            raise ValueError(
+                f"{self.name}: the mode psld needs the gradient of every forward pass, and EasyCache leaves some out; bypass EasyCache, or "
+                "choose decoupled."
+            )
         if start.shape is None:
             return
         shape, known = tuple(start.shape), len(self.measurement.y)

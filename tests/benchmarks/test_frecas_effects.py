@@ -52,6 +52,30 @@ def test_large_pictures_are_judged_at_the_size_the_classifier_knows(frecas):
     assert drawn(64).right.mean() >= 0.9
 
 
+def test_seams_are_seen():
+    """A faint step where a border of windows was stands out of plain pictures; elsewhere it does not."""
+    from lodestar.benchmarks.effects.methods.frecas_windows import SEAMS
+    from lodestar.benchmarks.effects.metrics import Pictures
+
+    scenes, rows = drawn(128).scenes, torch.arange(64).numpy()
+    noise = 0.02 * torch.rand(64, 3, 128, 128, generator=torch.Generator().manual_seed(1))
+    ratios = []
+    for line in (40, 44):  # 40 is a window of 32 and a quarter, 44 is no border
+        noisy = noise.clone()
+        noisy[..., line:] += 0.03
+        ratios.append(SEAMS.of(Pictures(noisy, scenes), None)(rows))
+    assert ratios[0] > 1.05 > 1 > ratios[1]
+
+
+@pytest.mark.parametrize("model", ["unet", "mmdit"])
+def test_windows_are_compared_with_the_same_cascade(model, frecas):
+    from lodestar.benchmarks.effects.methods import frecas_windows
+
+    assert frecas_windows.plain(model, 128) == frecas.cascade(model, 128)
+    assert frecas_windows.divided(model, 128)["stages"].count("windows") == 2
+    assert "windows 4x4" in frecas_windows.with_ag(model, 128)["stages"] and frecas_windows.with_ag(model, 128)["adaptive"]
+
+
 @pytest.mark.parametrize("model", ["unet", "mmdit"])
 def test_cells_have_as_many_steps_as_direct_sampling(frecas, model):
     for size, steps in frecas.STEPS.items():

@@ -44,6 +44,18 @@ def test_wrappers_are_installed_once():
     assert {kind: [len(found) for found in by_key.values()] for kind, by_key in many.wrappers.items()} == {kind: [1] for kind in WRAPPERS}
 
 
+def test_a_neutral_rule_has_no_place_among_the_wrappers():
+    """Else a wrapper that leaves out evaluations, such as LazyCache's, would come before or after the rules because of it."""
+    model = tiny("unet")
+
+    def order(first):
+        between = tools.with_wrapper(first, "predict_noise", lambda executor, *args, **more: executor(*args, **more))
+        return list(attach(between, APG(norm_threshold=1.0)).wrappers["predict_noise"])
+
+    assert len(order(model)) == 2
+    assert order(attach(model, pag(model, scale=0.0))) == order(attach(model)) == order(model)
+
+
 def everything(model):
     """A rule of every kind, a neutral term, and a weak model."""
     weak = Autoguidance(weak_model=tiny("unet", seed=7), scale=1.5)

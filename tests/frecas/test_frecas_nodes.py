@@ -124,7 +124,7 @@ def test_a_sampler_of_cfgpp_goes_along_the_stages_without_fa_cfg():
     assert node(model, sampler="euler_cfg_pp", cfg=0.6, high_scale=0.6)[0]["samples"].isfinite().all()
     with (
         tools.counted(model) as rows,
-        pytest.raises(ValueError, match=r"\(APG\) and euler_cfg_pp do not combine"),
+        pytest.raises(ValueError, match=r"^APG \(Adaptive Projected Guidance\) and euler_cfg_pp do not combine"),
     ):
         node(tools.guided(model, APG()), sampler="euler_cfg_pp", cfg=0.6, high_scale=0.6)
     assert not rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,30 @@ def test_help_pages_are_served(url):
             assert answer.read().decode().startswith("#"), name
         with NO_PROXY.open(f"{url}/extensions/lodestar/docs/{name}/zh.md", timeout=60) as answer:
             assert answer.read().decode().startswith("#"), name
+
+
+SAID = """type => app.graph.nodes.find(node => node.type === type).widgets.find(widget => widget.name === '$$node-text-preview')?.value"""
+
+
+def test_nodes_say_how_far_they_are_and_where_a_file_went(page, url):
+    """On themselves: a policy search of two iterations, and the node that saves what it has found."""
+    workflow = json.loads((ROOT / "workflows" / "policy_search.json").read_text(encoding="utf-8"))
+    page.evaluate(
+        """async workflow => {
+            await app.loadGraphData(workflow);
+            const found = type => app.graph.nodes.find(node => node.type === type);
+            const last = Number(found('LodestarSavePolicy').id);
+            for (const node of [...app.graph.nodes]) if (Number(node.id) > last) app.graph.remove(node);
+            found('LodestarPolicySearch').widgets.find(widget => widget.name === 'iterations').value = 2;
+            await app.queuePrompt(0, 1);
+        }""",
+        workflow,
+    )
+    page.wait_for_function(f"() => ({SAID})('LodestarSavePolicy')")
+    path = Path(page.evaluate(SAID, "LodestarSavePolicy").removeprefix("Saved: "))
+    assert path.is_file() and path.is_relative_to(url.base)
+    line = page.evaluate(SAID, "LodestarPolicySearch")
+    assert re.fullmatch(r"2 of 2 · loss \d\.\d{4} · \d+ of 12 evaluations · done in \d+:\d\d", line), line
 
 
 OPEN_HELP = """async id => {

@@ -244,6 +244,15 @@ def test_vaes_that_do_not_belong_to_the_model(vaes):
         sample(restored(tools.tiny("unet"), vae=vaes[16]))
 
 
+def test_psld_needs_every_forward_pass():
+    from comfy_extras.nodes_easycache import EasyCacheNode
+
+    model = EasyCacheNode.execute(pixel_model(), 0.3, 0.15, 0.95, False).result[0]
+    with pytest.raises(ValueError, match=r"^Restoration: the mode psld needs .* bypass EasyCache, or choose decoupled\.$"):
+        sample(restored(model, mode="psld"))
+    assert sample(restored(model)).isfinite().all()
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_sizes_that_would_need_tiles(vaes, mode, monkeypatch):
     monkeypatch.setattr(tools.comfy.model_management, "get_total_memory", lambda device: 10 * 2**20)
