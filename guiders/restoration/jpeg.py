@@ -26,9 +26,11 @@ def compressed(pictures: Tensor, quality: int) -> Tensor:
     bytes_ = ((pictures.clamp(-1, 1) + 1) * 127.5).round()
     even = F.pad(bytes_, (0, -width % (2 * _SIDE), 0, -height % (2 * _SIDE)), mode="replicate")
     to_ycc = torch.tensor(_TO_YCC, dtype=torch.float64).to(even)
-    luma, chroma = torch.einsum("ij,bjhw->bihw", to_ycc, even).split([1, 2], dim=1)
+    luma, chroma = torch.einsum("ij,bjhw->bihw", to_ycc, even).round().split([1, 2], dim=1)
     luma = _quantised(luma - 128, _table(_LUMINANCE, quality)) + 128
-    chroma = _quantised(F.avg_pool2d(chroma, 2), _table(_chrominance(), quality))[..., : (height + 1) // 2, : (width + 1) // 2]
+    bias = torch.tensor([0.25, 0.5]).to(even).repeat(even.shape[-1] // 4)  # libjpeg rounds halves down and up in turns
+    halved = (F.avg_pool2d(chroma, 2) + bias).floor()
+    chroma = _quantised(halved, _table(_chrominance(), quality))[..., : (height + 1) // 2, : (width + 1) // 2]
     planes = torch.cat([luma[..., :height, :width], F.interpolate(chroma, scale_factor=2, mode="bilinear")[..., :height, :width]], dim=1)
     rgb = torch.einsum("ij,bjhw->bihw", torch.linalg.inv(to_ycc.double()).to(even), planes)
     return rgb.round().clamp(0, 255) / 127.5 - 1
@@ -39,7 +41,7 @@ def _quantised(planes: Tensor, table: Tensor) -> Tensor:
     cosines, table = _cosines().to(planes), table.to(planes)
     blocks = planes.unflatten(-1, (-1, _SIDE)).unflatten(-3, (-1, _SIDE)).transpose(-3, -2)  # [B, c, rows, columns, 8, 8]
     coefficients = (cosines @ blocks @ cosines.mT / table).round() * table
-    return (cosines.mT @ coefficients @ cosines).transpose(-3, -2).flatten(-4, -3).flatten(-2)
+    return (cosines.mT @ coefficients @ cosines).round().transpose(-3, -2).flatten(-4, -3).flatten(-2)
 
 
 def _cosines() -> Tensor:
