@@ -43,21 +43,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     _tiny.prepare()
     if args.large:
         times = measured(large(), LARGE, args.steps, args.runs, 32)
-        print("".join(f"{name}: {value / 1000:.3f} s per step\n" for name, value in times.items()))
-        print(f"ratio of the medians: {times[PAG] / times[HOST]:.3f}")
+        print("".join(f"{name}: {median(values) / 1000:.3f} s per step\n" for name, values in times.items()))
+        print(f"ratio of the medians: {median(times[PAG]) / median(times[HOST]):.3f}")
         return 0
     print("milliseconds per step\n")
     print(f"| | {' | '.join(KINDS)} |\n|---|{'---|' * len(KINDS)}")
     found = {kind: measured(_tiny.tiny(kind), METHODS, args.steps, args.runs) for kind in KINDS}
     for name in METHODS:
-        print(f"| {name} | {' | '.join(f'{found[kind][name]:.2f}' for kind in KINDS)} |")
-    more = ", ".join(f"{found[kind][PAG] - found[kind][UNSHARED]:+.2f} ({kind})" for kind in KINDS)
-    print(f"\nsharing, above none: {more}")
+        print(f"| {name} | {' | '.join(f'{median(found[kind][name]):.2f}' for kind in KINDS)} |")
+    more = {kind: median(a - b for a, b in zip(found[kind][PAG], found[kind][UNSHARED], strict=True)) for kind in KINDS}
+    print(f"\nsharing, above none in the same turn: {', '.join(f'{value:+.2f} ({kind})' for kind, value in more.items())}")
     return 0
 
 
-def measured(model: Any, methods: dict[str, Callable[[Any], Any]], steps: int, runs: int, side: int = 8) -> dict[str, float]:
-    """Milliseconds per step of each method, on a latent of this side."""
+def measured(model: Any, methods: dict[str, Callable[[Any], Any]], steps: int, runs: int, side: int = 8) -> dict[str, list[float]]:
+    """Milliseconds per step of each method in every turn, on a latent of this side."""
     models = {name: build(model) for name, build in methods.items()}
     times: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(runs + 1):
@@ -65,7 +65,7 @@ def measured(model: Any, methods: dict[str, Callable[[Any], Any]], steps: int, r
             seconds = timed(lambda chosen=chosen: sample(chosen, steps, side), shared=name != UNSHARED)
             if turn > 0:  # the first one warms up
                 times[name].append(1000 * seconds / steps)
-    return {name: median(values) for name, values in times.items()}
+    return times
 
 
 def timed(run: Callable[[], Any], shared: bool) -> float:
