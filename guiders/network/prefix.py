@@ -248,7 +248,9 @@ class Sharing:
         self.options = self.options | {"patches": patches | {"output_block_patch": [self._met, *others]}}
 
     def _met(self, h: Tensor, skip: Tensor | None, options: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        return h, None if skip is None else self.rows.moved(skip, self.rows.layouts[len(h)])
+        if skip is None or len(skip) == len(h):
+            return h, skip
+        return h, self.rows.moved(skip, self.rows.layouts[len(h)])
 
 
 def is_chained(network: Any) -> bool:
