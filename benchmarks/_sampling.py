@@ -20,6 +20,12 @@ def empty(count: int) -> Tensor:
     return torch.zeros(count, 3, SIZE, SIZE)
 
 
+def conditioning(text: str) -> list:
+    """A CONDITIONING for the demo models."""
+    clip = models.load_clip()
+    return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+
+
 def prompts(texts: Sequence[str]) -> Conds:
     """A caption for each row, and no words as the negative prompt."""
     clip = models.load_clip()

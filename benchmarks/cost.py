@@ -5,6 +5,8 @@ conditional forward pass. Counted, not timed, so that every machine prints the s
 by the same wrapper in the same run. ``--time`` adds each run's processor time on one core, as a multiple of half the time of a run of
 CFG right before it: what NFE would be if time followed it. The demo models are so small that much of a call's time does not depend on
 the number of rows; with ``--batch 16`` or more it does.
+
+"shapes" are large networks, of which one step of CFG with PAG is counted from shapes alone.
 """
 
 from __future__ import annotations
@@ -24,9 +26,9 @@ from comfy.patcher_extension import WrappersMP
 from comfy_extras import nodes_apg, nodes_custom_sampler, nodes_pag
 from tqdm import tqdm
 
-from lodestar.benchmarks import _results
+from lodestar.benchmarks import _results, _shapes
 from lodestar.benchmarks._flops import counted_flops
-from lodestar.benchmarks._sampling import empty
+from lodestar.benchmarks._sampling import conditioning, empty
 from lodestar.demo import models
 from lodestar.guiders.cfgpp.sampler import cfgpp_sampler
 from lodestar.guiders.learning.recognition import setting_of
@@ -175,7 +177,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="sampling steps (default: 20)")
     parser.add_argument("--batch", type=int, default=2, metavar="N", help="pictures at once (default: 2)")
-    parser.add_argument("--models", nargs="+", choices=models.MODELS, default=models.MODELS, help="which models (default: both)")
+    choices = (*models.MODELS, "shapes")
+    parser.add_argument("--models", nargs="+", choices=choices, default=choices, help="which models (default: all)")
     parser.add_argument("--time", action="store_true", help="also processor time (takes several times as long)")
     _results.add_option(parser)
     args = parser.parse_args(argv)
@@ -185,15 +188,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = f"Per step, mean of {args.steps} Euler steps, batch of {args.batch}. FLOPs: 1.00 is one conditional forward pass of the batch."
     print(about)
     tables, found = [about], {}
-    for model in args.models:
+    for model in (model for model in args.models if model != "shapes"):
         methods = tqdm(METHODS, desc=model, unit="method", leave=False)
         counts = {method.name: measure(model, method, args.steps, args.batch, args.time) for method in methods}
         found[model] = {name: count for name, count in counts.items() if count is not None}
         tables.append(table(model, found[model], args.steps))
         print(f"\n{tables[-1]}")
+    if "shapes" in args.models:
+        tables.append(_shapes.table())
+        print(f"\n{tables[-1]}")
     if write:
         _results.write(_results.RESULTS, "cost", "\n\n".join(tables))
-        _results.write(_results.README, "cost", short_table(found))
+        _results.write(_results.README, "cost", f"{short_table(found)}\n\n{_shapes.sentence()}")
     return 0
 
 
@@ -252,12 +258,6 @@ def sample(guider: Any, sigmas: torch.Tensor, sampler: Any, batch: int) -> torch
     latent = empty(batch)
     noise = comfy.sample.prepare_noise(latent, SEED)
     return guider.sample(noise, latent, sampler, sigmas, disable_pbar=True, seed=SEED)
-
-
-def conditioning(text: str) -> list:
-    """A CONDITIONING for the demo models."""
-    clip = models.load_clip()
-    return clip.encode_from_tokens_scheduled(clip.tokenize(text))
 
 
 def table(model: str, counts: dict[str, Count], steps: int) -> str:

@@ -41,6 +41,7 @@ def table(log: RunLog) -> str:
         ("batch", log.batch, ""),
         ("NFE", _number(log.nfe), f"{log.nfe / max(log.steps, 1):.2f} per step"),
         *([("saved", _number(log.saved), f"of {_number(whole)} NFE ({log.saved / whole:.0%}), left out by policies")] if log.saved else []),
+        *((name, _number(mean(shares.values())), _sharing(shares, log.unshared)) for name, shares in log.shares.items()),
         *((name, _number(spent), f"{spent / max(log.steps, 1):.2f} per step") for name, spent in log.spent.items()),
         ("rows", log.rows, ""),
         ("calls", log.calls, ""),
@@ -58,6 +59,14 @@ def table(log: RunLog) -> str:
         first = ", ".join("-" if step is None else str(step) for step in switch.steps)
         lines += ["", f"{name}, threshold {switch.threshold:g}: first step without CFG, for each image: {first or '-'}"]
     return "\n".join(lines)
+
+
+def _sharing(shares: Mapping[int, float], unshared: str) -> str:
+    """What a term's number says."""
+    if min(shares.values()) < 1:
+        return "of an evaluation: what comes before its layers is computed once"
+    because = f", because {unshared} changes layers before its own" if unshared else ""
+    return f"of an evaluation: nothing is shared{because}"
 
 
 def _number(value: float) -> str:

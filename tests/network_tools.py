@@ -87,6 +87,8 @@ class Case:
         """The network's output for these rows with these transformer options."""
 
         def pick(x: Any) -> Any:
+            if isinstance(x, list):
+                return [pick(part) for part in x]
             return x[list(rows)].clone() if isinstance(x, Tensor) and len(x) == 3 else x
 
         kwargs = {name: pick(x) for name, x in self.kwargs.items()}

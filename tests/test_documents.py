@@ -126,12 +126,15 @@ def test_the_readme_counts_the_claims(host):
 def test_the_readmes_costs_are_those_of_the_results(host):
     from lodestar.benchmarks.cost import SHORT
 
-    tables = part(RESULTS, "cost").split("\n\n")[1:]
+    *tables, shapes = part(RESULTS, "cost").split("\n\n")[1:]
     works = [{cells[1].strip(): cells[-2].strip() for cells in (line.split("|") for line in table.splitlines())} for table in tables]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in part(README, "cost").splitlines()[2:]]
+    table, sentence = part(README, "cost").split("\n\n")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
     assert [row[0] for row in rows] == list(SHORT) and len(works) == 2
     shares = [[100 * float(work[name]) / float(work["CFG"]) for work in works] for name in SHORT.values()]
     assert [[float(cell.rstrip("%")) for cell in row[2:]] for row in rows] == [pytest.approx(share, abs=1) for share in shares]
+    of_shapes = re.findall(r"of (\S+)'s shape \| \d+ \| `(?:middle|auto)` \| [\d.]+ \| ([\d.]+)", shapes)
+    assert len(of_shapes) == 4 and [(name, cost) for cost, name in re.findall(r"([\d.]+) in a network of (\S+)'s", sentence)] == of_shapes
 
 
 def test_every_part_is_written(host):

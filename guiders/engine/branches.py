@@ -15,6 +15,10 @@ class Variant(Protocol):
         """A copy of the options that applies the change to the chunks of the batch where ``perturbed`` is true."""
         ...
 
+    def sharing(self, network: Any, chunks: Any, options: dict[str, Any], control: bool, measured: bool) -> Any:
+        """Around one forward pass: what computes the equal beginnings of ``chunks`` once. See sharing.py; one variant asks for all."""
+        ...
+
 
 @dataclass(frozen=True)
 class Branch:

@@ -2,6 +2,7 @@
 
 Wrappers, additional models (on a ModelPatcher):
     LODESTAR    the engine's wrappers, and the weak models and VAEs of its terms. attach writes, detach removes
+    SHARED      the wrapper inside all others, which computes equal beginnings once. The OUTER_SAMPLE wrapper writes
     MAPS        the wrappers of FreCaS's maps
     WINDOWS     the wrapper of FreCaS's windows
     TIMER       the wrapper by which Compare Guidance takes the time
@@ -14,10 +15,13 @@ Wrappers, additional models (on a ModelPatcher):
                 us. Written around apply_model; the APPLY_MODEL wrapper reads
     NARROWED    in a part of a call: which rows of its chunks it has (None: all), and the uuids that the chunks have in the whole call.
                 The APPLY_MODEL wrapper writes; FreCaS's maps read
+    SHARED      the Chunks of a call of the model, some of which are equal until a variant's change. The APPLY_MODEL wrapper writes; the
+                innermost one reads
     WINDOWS     the windows of self-attention. The wrapper of FreCaS's windows writes (in a UNet within its layers); their override reads
     AROUND      what has to be put around modules of the network for this forward pass: functions of the network that give a context
                 manager. Perturbed attention writes; the APPLY_MODEL wrapper enters them
-    CHUNKS      in a part of an attention call: which chunks of the forward pass it has. Perturbed attention writes; it and the maps read
+    CHUNKS      in a part of a module's or an attention call: which chunks of the forward pass it has. Perturbed attention and shared
+                beginnings write; perturbed attention and the maps read
 
 Attribute of a MODEL:
     OWN_WEIGHTS the same weak model on a second set of weights. Autoguidance writes and reads; clones do not have it
@@ -38,6 +42,7 @@ RUN = "lodestar_run"
 TELEMETRY = "lodestar_telemetry"
 LABELS = "lodestar_labels"
 NARROWED = "lodestar_narrowed"
+SHARED = "lodestar_shared"
 AROUND = "lodestar_around"
 CHUNKS = "lodestar_chunks"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import mean
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,6 +28,8 @@ class RunLog:
 
     nfe: evaluations of the whole batch. A call with some rows only counts in proportion, so that nfe times batch is the number of rows.
     evaluations: the same for each step. saved: what policies left out of it. choices: what each step's first evaluation was to compute.
+    shares: by the short name of a term, which share of an evaluation its rows were computed for, for each step in which that is known; what
+    comes before its change of the network is shared. unshared: because of whose function less is shared than could be.
     spent: what rules spent besides evaluations, by its name (decodes, encodes, backward), counted as nfe is.
     curves: one number per recorded step (mean over the rows) of every quantity. switches: by the name of the policy.
     """
@@ -41,6 +44,8 @@ class RunLog:
     sigmas: list[float] = field(default_factory=list)
     curves: dict[Quantity, dict[int, float]] = field(default_factory=dict)
     evaluations: dict[int, float] = field(default_factory=dict)
+    shares: dict[str, dict[int, float]] = field(default_factory=dict)
+    unshared: str = ""
     spent: dict[str, float] = field(default_factory=dict)
     choices: dict[int, Choice] = field(default_factory=dict)
     switches: dict[str, Switch] = field(default_factory=dict)
@@ -55,7 +60,8 @@ class RunLog:
         return {
             "steps": self.steps, "batch": self.batch, "nfe": self.nfe, "rows": self.rows, "calls": self.calls, "saved": self.saved,
             "seconds": self.seconds, "sigmas": self.sigmas, "evaluations": _points(self.evaluations), "curves": curves,
-            "switches": switches, "spent": self.spent,
+            "switches": switches, "shares": {name: mean(of_term.values()) for name, of_term in self.shares.items()},
+            "unshared": self.unshared, "spent": self.spent,
         }  # fmt: skip
 
 
@@ -81,6 +87,8 @@ def joined(logs: Sequence[RunLog]) -> RunLog:
     whole = RunLog(batch=logs[0].batch)
     for log in logs:
         by_step = [(whole.curves.setdefault(quantity, {}), points) for quantity, points in log.curves.items()]
+        by_step += [(whole.shares.setdefault(name, {}), points) for name, points in log.shares.items()]
+        whole.unshared = whole.unshared or log.unshared
         for target, points in (*by_step, (whole.evaluations, log.evaluations), (whole.choices, log.choices)):
             target.update({whole.steps + step: value for step, value in points.items()})
         for name, spent in log.spent.items():

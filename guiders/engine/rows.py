@@ -19,8 +19,9 @@ from torch import Tensor
 from ..spaces import on_device_of
 from .choice import Rows
 from .compiling import uncompiled
-from .keys import AROUND, LABELS, LODESTAR, NARROWED, RUN, options_of, with_options
+from .keys import AROUND, LABELS, LODESTAR, NARROWED, RUN, SHARED, options_of, with_options
 from .run import Run
+from .sharing import chunks_of
 
 Groups = list[tuple[list[int], list[int]]]  # chunks of a batch, and the rows that they need
 
@@ -48,8 +49,11 @@ def _with_variants(
     run: Run, executor: Callable, x: Tensor, t: Tensor, options: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor:
     """One model call, with each branch's change of the network in its own chunks."""
-    branches = [run.evaluation.call.branch_of(label) for label in _labels(options)]
+    labels = _labels(options)
+    branches = [run.evaluation.call.branch_of(label) for label in labels]
     variants = dict.fromkeys(branch.variant for branch in branches if branch is not None)
+    shared = chunks_of(run, options, labels, len(x)) if variants else None
+    options = options | {SHARED: shared} if shared is not None else options
     for variant in variants:
         options = variant.patch(options, [branch is not None and branch.variant == variant for branch in branches])
     args, kwargs = with_options(options, args, kwargs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ..spaces import Layout, cosine_per_sample, is_flow, norm_per_sample, on_device_of
+from .branches import Branch
 from .choice import Choice, Rows
 from .curves import CFG_UPDATE, COSINE, Curves, Quantity
 from .evaluation import Evaluation
@@ -46,9 +47,7 @@ class Run:
         self.model_sampling = guider.model_patcher.get_model_object("model_sampling")
         self.flow = is_flow(self.model_sampling)
         self.reads_uncond = False  # whether the sampler's own steps use D_u
-        names = [rule.name for rule in plan.rules]
-        names = [name if names.count(name) == 1 else f"{name} {names[: i + 1].count(name)}" for i, name in enumerate(names)]
-        self.updates = [Quantity(name, "update") for name in names]
+        self.updates = [Quantity(name, "update") for name in _numbered([rule.name for rule in plan.rules])]
         self.windows = [window(self.model_sampling, rule.start_percent, rule.end_percent) for rule in plan.rules]
         self.position = Position(self.sigmas)
         self.memories: dict[int, dict[str, Any]] = {}
@@ -56,6 +55,7 @@ class Run:
         self.weak_models: dict[Any, Any] = {}  # those of autoguidance, by their patchers
         self.log = RunLog(steps=len(self.sigmas) - 1, batch=shape[0], sigmas=self.sigmas)
         self.watcher: Watcher | None = None
+        self.shares: dict[Hashable, list[float]] = {}  # of each chunk, by what a forward pass consists of. See sharing.py
         self._curves = Curves(self.log.curves)
         self._counting = threading.Lock()
         self._began = time.perf_counter()
@@ -78,6 +78,11 @@ class Run:
     def policies(self) -> list[tuple[int, Policy]]:
         """Active policies with their index in the plan."""
         return self.plan.active(Policy)
+
+    @cached_property
+    def labels(self) -> list[str]:
+        """Short names of the active terms, in their order."""
+        return _numbered([term.short for _, term in self.terms])
 
     # --- one evaluation after the other ---
 
@@ -143,6 +148,16 @@ class Run:
         """Branches of which only these rows are evaluated."""
         self.log.saved += branches * (1 - (float(rows) if isinstance(rows, bool) else sum(rows) / len(rows)))
 
+    def note_shares(self, branches: Sequence[Branch | None], shares: Sequence[float], whose: str) -> None:
+        """What was computed for each chunk of a forward pass, as a share of an evaluation. whose: who keeps chunks from sharing more."""
+        of_branch = {branch: share for branch, share in zip(branches, shares, strict=False) if branch is not None}
+        step = self.evaluation.index
+        with self._counting:
+            self.log.unshared = self.log.unshared or whose
+            for (_, term), name in zip(self.terms, self.labels, strict=True):
+                for share in (of_branch[branch] for branch in term.branches if branch in of_branch):
+                    self.log.shares.setdefault(name, {}).setdefault(step, share)
+
     def spend(self, name: str, rows: int) -> None:
         """Count what a rule spends besides evaluations, such as a decode, for this many rows."""
         self.log.spent[name] = self.log.spent.get(name, 0) + rows / self.log.batch
@@ -187,6 +202,11 @@ class Run:
     def _note_policies(self) -> None:
         for index, policy in self.policies:
             policy.note(self.memories.get(index, {}), self.log)
+
+
+def _numbered(names: Sequence[str]) -> list[str]:
+    """The names, with a number after those that are there several times."""
+    return [name if names.count(name) == 1 else f"{name} {names[: i + 1].count(name)}" for i, name in enumerate(names)]
 
 
 def run_of(model_options: Mapping[str, Any]) -> Run | None:

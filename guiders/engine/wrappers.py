@@ -6,7 +6,8 @@ A sampling call goes through them from the outside in:
     SAMPLER_SAMPLE   prepares the weak models' conditioning
     PREDICT_NOISE    begins an Evaluation: finds the step, asks the policies; adds terms for guiders that combine predictions themselves
     CALC_COND_BATCH  adds branches to the host's call, so that everything of one model goes through it together (fusion.py)
-    APPLY_MODEL      leaves out rows, counts, applies variants to the rows of their branches (rows.py)
+    APPLY_MODEL      leaves out rows, counts, applies variants to the rows of their branches (rows.py); inside all others, computes what
+                     branches have in common once (sharing.py)
 
 On the way back the predictions go through the CFG slot and the post-CFG functions (combination.py).
 """
@@ -24,12 +25,13 @@ from .checks import check_evaluated, check_start
 from .combination import add_term, exact_cfg, shape_cfg
 from .fusion import WindowedBranches, evaluate
 from .host import CFG_SLOT, CFG_WEIGHTS, POST_CFG, combines_itself, reads_uncond
-from .keys import LODESTAR, RUN
+from .keys import LODESTAR, RUN, SHARED
 from .plan import plan_of
 from .rows import apply_model, call_model, outermost, with_host_labels
 from .run import Run, run_of
 from .schedule import call_sampler
 from .second_model import WeakModel
+from .sharing import share
 from .start import Start
 
 
@@ -59,6 +61,7 @@ def _install(run: Run, options: dict[str, Any]) -> None:
     wrappers = options["transformer_options"]["wrappers"]
     for kind in (WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL):
         wrappers[kind] = outermost(wrappers[kind], wrappers[kind][LODESTAR])
+    wrappers[WrappersMP.APPLY_MODEL] = {**wrappers[WrappersMP.APPLY_MODEL], SHARED: [share]}
 
 
 def _sampler_sample(executor: Any, guider: Any, sigmas: Tensor, extra_args: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

@@ -161,15 +161,16 @@ class MixedAttention:
         size, w = tuple(extra_options["activations_shape"][-2:]), self.weight
         if size[0] * size[1] != q.shape[1]:  # not one query per latent pixel
             return ordinary_attention(self.previous, q, k, v, extra_options)
-        self.chunks.take_in(size, partial(attention_map, heads=extra_options["n_heads"]), q, k)
-        maps = self.chunks.maps(size, v.shape[1], v)
-        values = self.chunks.split(v)
+        chunks = self.chunks.left(extra_options)
+        chunks.take_in(size, partial(attention_map, heads=extra_options["n_heads"]), q, k)
+        maps = chunks.maps(size, v.shape[1], v)
+        values = chunks.split(v)
         if w == 1 and all(grid is not None for grid in maps):
             return torch.cat([grid @ v_i for grid, v_i in zip(maps, values, strict=True)])
         out = ordinary_attention(self.previous, q, k, v, extra_options)
         if all(grid is None for grid in maps):
             return out
-        mixed = zip(self.chunks.split(out), maps, values, strict=True)
+        mixed = zip(chunks.split(out), maps, values, strict=True)
         return torch.cat([x if m is None else (1 - w) * x + w * (m @ v_i) for x, m, v_i in mixed])
 
 

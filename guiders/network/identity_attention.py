@@ -19,9 +19,11 @@ from torch import Tensor
 
 from ..engine.host import owner_of
 from ..engine.keys import AROUND
+from ..engine.sharing import Chunks
 from .calls import flags_left, merge, narrowed, ordinary_attention, take
 from .layers import Layer
 from .override import OverriddenAttention, refuse_queries
+from .prefix import Sharing
 
 # --- the variant -----------------------------------------------------------------------------------------------------
 
@@ -50,6 +52,10 @@ class IdentityAttention:
         if len(unet) < len(self.layers):
             self._override(options, patches, perturbed)
         return options
+
+    def sharing(self, network: Any, chunks: Chunks, options: dict[str, Any], control: bool, measured: bool) -> Sharing:
+        """Around a forward pass: rows that are equal until the first perturbed layer go through what is before it once."""
+        return Sharing(network, chunks, options, control, measured)
 
     def _override(self, options: dict[str, Any], patches: dict[str, dict], perturbed: Sequence[bool]) -> None:
         """Put identity attention into the options of a transformer."""
