@@ -218,6 +218,7 @@ class Sharing:
     def __exit__(self, *_: Any) -> None:
         """Take the hooks off again."""
         self._left.close()
+        self.options = {}  # they have a patch that knows this object, and know the run: without this, all would live on until Python looks for circles
 
     def _before(self, number: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """What a module is given, with the rows that its part has; all of them where something's rows cannot be told."""
