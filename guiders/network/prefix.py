@@ -218,7 +218,6 @@ class Sharing:
     def __exit__(self, *_: Any) -> None:
         """Take the hooks off again."""
         self._left.close()
-        self.options = {}  # they have a patch that knows this object, and know the run: without this, all would live on until Python looks for circles
 
     def _before(self, number: int, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         """What a module is given, with the rows that its part has; all of them where something's rows cannot be told."""
@@ -246,12 +245,14 @@ class Sharing:
         """In a UNet, what skips over the middle may have fewer rows than what comes through it: get them where the two meet."""
         patches = self.options.get("patches", {})
         others = patches.get("output_block_patch", [])
-        self.options = self.options | {"patches": patches | {"output_block_patch": [self._met, *others]}}
+        self.options = self.options | {"patches": patches | {"output_block_patch": [partial(_met, self.rows), *others]}}
 
-    def _met(self, h: Tensor, skip: Tensor | None, options: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-        if skip is None or len(skip) == len(h):
-            return h, skip
-        return h, self.rows.moved(skip, self.rows.layouts[len(h)])
+
+def _met(rows: Rows, h: Tensor, skip: Tensor | None, options: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """A patch of the host's UNet: what skips over the middle gets the rows of what comes through it."""
+    if skip is None or len(skip) == len(h):
+        return h, skip
+    return h, rows.moved(skip, rows.layouts[len(h)])
 
 
 def is_chained(network: Any) -> bool:
