@@ -30,6 +30,7 @@ FLAGS = (
     "--disable-sync",
     "--no-first-run",
 )
+SLOWEST = {"front_end", "workshop"}  # folders
 SHOTS = "LODESTAR_SCREENSHOTS"  # names a folder for the screenshots
 _taken: set[Path] = set()
 
@@ -101,6 +102,11 @@ def shots(tmp_path_factory) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     _taken.add(folder)
     return folder
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Files that start servers and browsers first: they take longest, and one of them at the end would keep one core alone busy."""
+    items.sort(key=lambda item: not SLOWEST.intersection(item.path.parts))
 
 
 def pytest_sessionfinish(session) -> None:

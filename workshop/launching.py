@@ -192,7 +192,7 @@ def run_pytest(args: Sequence[str]) -> int:
 
     if not any(Path(arg.partition("::")[0]).exists() for arg in args):
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        args = ["-n", str(min(MOST_WORKERS, os.cpu_count() or 1)), "--dist", "loadfile", *args]
+        args = ["-n", str(min(MOST_WORKERS, os.cpu_count() or 1)), "--dist", "loadfile", "--no-loadscope-reorder", *args]
     return int(pytest.main(["-o", f"cache_dir={cache_folder('pytest', str(ROOT))}", *args]))
 
 
