@@ -19,13 +19,16 @@ from torch import Tensor
 from lodestar.benchmarks._sampling import decoded, prompts
 from lodestar.demo import models
 from lodestar.demo.shapes import captions, random_scenes
+from lodestar.guiders.engine import rows
 from lodestar.guiders.engine.keys import WINDOWS
+from lodestar.guiders.engine.sharing import chunks_of
 from lodestar.guiders.frecas.cascade import Cascade
 from lodestar.guiders.frecas.map_patches import AddedMaps, Chunks
 from lodestar.guiders.frecas.maps import Maps
 from lodestar.guiders.frecas.windows import WindowedAttention, Windows, borders, windowed, with_windows
 from lodestar.guiders.network.calls import Call
 from lodestar.guiders.network.identity_attention import IdentityAttention
+from lodestar.guiders.network.layers import resolve_layers
 from lodestar.guiders.policies.adaptive import AdaptiveGuidance
 from lodestar.guiders.terms.pag import PAG
 
@@ -238,6 +241,19 @@ def test_guidance_sees_the_same_windows_in_all_its_branches(kind):
     result = sample(model, stages, **settings)[-1]
     assert tools.close(sample(unbroken, stages, **settings)[-1], result, 1e-4)
     assert result.isfinite().all() and not result[0].equal(result[1])
+
+
+@pytest.mark.parametrize("kind", ["unet", "mmdit"])
+def test_beginnings_are_shared_in_windows_and_with_maps(kind, monkeypatch):
+    model = pixels(kind)
+    perturbed = tools.guided(model, PAG(perturbation=IdentityAttention(resolve_layers(model, "auto")), scale=2.0))
+    stages, results, shares = text(kind, ("8x8", "16x16"), (2, 2)) + ", windows 2x2", [], []
+    for found in (lambda *_: None, chunks_of):
+        monkeypatch.setattr(rows, "chunks_of", found)
+        results.append(sample(perturbed, stages, batch=2, map_weight=0.6)[-1])
+        shares.append(tools.log_of(perturbed).shares)
+    assert tools.close(*results, 1e-4)
+    assert not shares[0] and max(shares[1]["PAG"].values()) < 1
 
 
 @pytest.mark.parametrize("kind", ["unet", "mmdit"])
