@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lodestar.benchmarks._sampling import ksampler
+from lodestar.benchmarks.demo_quality import frame
 from lodestar.demo import autoencoder, latent_models, models, scene_classifier, scenes
 from lodestar.pictures import sheets
 from lodestar.pictures.text import write
@@ -154,13 +155,6 @@ def sheet(results: Mapping[str, Sampled], columns: int = 4) -> Image.Image:
         framed = [frame(Image.fromarray(tile), bool(ok)) for tile, ok in zip(tiles, result.right["all"][:SHOWN], strict=True)]
         page.paste(sheets.tiled(framed, side), (x, y + 36))
     return page
-
-
-def frame(picture: Image.Image, right: bool) -> Image.Image:
-    """The picture with a one-pixel frame that says whether it is right."""
-    framed = picture.copy()
-    ImageDraw.Draw(framed).rectangle((0, 0, framed.width - 1, framed.height - 1), outline="white" if right else "red")
-    return framed
 
 
 if __name__ == "__main__":
