@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from random import Random
+from types import FrameType
 from typing import Any
 
 import comfy.model_management
@@ -207,7 +208,7 @@ def _refusal(graph: Graph, error: Exception) -> tuple[str, str]:
     others = [other for other in (first, second) if other is not None]
     if any(type(other) is type(error) for other in others):
         return HOST, described(error)
-    if first is not None and "lodestar" not in _module_of(error):  # another of its faults comes first
+    if first is not None and "lodestar" not in _raised_in(error).f_globals.get("__name__", ""):  # another of its faults comes first
         return HOST, described(error)
     text = described(error) + (f", without us {described(others[0])}" if others else "")
     raise Failure(text) from error
@@ -219,14 +220,6 @@ def _without_us(graph: Graph) -> Iterator[Graph]:
     name, inputs = alone.sampling
     yield alone
     yield replace(alone, sampling=(name, inputs | {"cfg": 1.0}))
-
-
-def _module_of(error: Exception) -> str:
-    """The module in which an error was raised."""
-    last = error.__traceback__
-    while last.tb_next is not None:
-        last = last.tb_next
-    return last.tb_frame.f_globals.get("__name__", "")
 
 
 def _error_of(graph: Graph) -> Exception | None:
@@ -246,11 +239,17 @@ def our_names() -> tuple[str, ...]:
 
 def described(error: BaseException) -> str:
     """Type and first line of an error, and where it was raised."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    where = "" if frame is None else f" ({frame.tb_frame.f_code.co_filename.rpartition('/')[2]}: {frame.tb_frame.f_code.co_name})"
+    frame = _raised_in(error)
+    where = "" if frame is None else f" ({frame.f_code.co_filename.rpartition('/')[2]}: {frame.f_code.co_name})"
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}{where}"
+
+
+def _raised_in(error: BaseException) -> FrameType | None:
+    """The frame in which an error was raised; None for one that never was."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace and trace.tb_frame
 
 
 # --- what is left ----------------------------------------------------------------------------------------------------

@@ -155,9 +155,8 @@ class WindowedAttention:
 
     def __call__(self, func: Callable, *args: Any, **kwargs: Any) -> Tensor:
         """The host's call of an attention override: ``func`` is the attention function, the rest are its arguments."""
-        ordinary = func if self.previous is None else partial(self.previous, func)
-        call = Call.of(ordinary, *args, **kwargs)
+        call = Call.overridden(self.previous, func, *args, **kwargs)
         windows, (queries, keys) = call.transformer_options.get(WINDOWS), call.lengths
         if windows is None or queries != keys:  # another attention than that of the picture to itself
-            return ordinary(*args, **kwargs)
+            return call.func(*args, **kwargs)
         return windows.attention(call)

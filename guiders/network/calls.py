@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,6 +77,11 @@ class Call:
         if mask is not None and mask.ndim < 4:
             mask = mask[None, None] if mask.ndim == 2 else mask[:, None]
         return cls(func, q, k, v, heads, mask, attn_precision, kw)
+
+    @classmethod
+    def overridden(cls, previous: Callable | None, func: Callable, *args: Any, **kwargs: Any) -> Call:
+        """What the host calls an attention override with: ``func`` and its arguments. previous: the override that was there before."""
+        return cls.of(func if previous is None else partial(previous, func), *args, **kwargs)
 
     def __call__(self) -> Tensor:
         """Ordinary attention."""

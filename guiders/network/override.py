@@ -163,12 +163,11 @@ class OverriddenAttention:
 
     def __call__(self, func: Callable, *args: Any, **kwargs: Any) -> Tensor:
         """The host's call of an attention override: ``func`` is the attention function, the rest are its arguments."""
-        ordinary = func if self.previous is None else partial(self.previous, func)
-        call = Call.of(ordinary, *args, **kwargs)
+        call = Call.overridden(self.previous, func, *args, **kwargs)
         flags = flags_left(call.transformer_options, self.perturbed)
         found = self._chosen_self_attention(call)
         if found is None or not any(flags):
-            return ordinary(*args, **kwargs)
+            return call.func(*args, **kwargs)
         if all(flags):
             return self._identity(call, found)
         keep = [not flag for flag in flags]

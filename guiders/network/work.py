@@ -56,7 +56,6 @@ class Work:
 
     def _attention(self, previous: Callable | None, func: Callable, *args: Any, **kwargs: Any) -> Tensor:
         """Two products of queries and keys, or weights and values."""
-        ordinary = func if previous is None else partial(previous, func)
-        call = Call.of(ordinary, *args, **kwargs)
+        call = Call.overridden(previous, func, *args, **kwargs)
         self.by_part[self.part] += 2 * call.q.numel() * call.lengths[1] / self.chunks
-        return ordinary(*args, **kwargs)
+        return call.func(*args, **kwargs)

@@ -171,9 +171,9 @@ def motion_kernel(size: int, angle: float) -> Tensor:
     """[size, size] of a movement along a line through the middle, ``angle`` degrees from the horizontal, counter-clockwise."""
     y, x = torch.meshgrid(*[torch.arange(size, dtype=torch.float64) - (size - 1) / 2] * 2, indexing="ij")
     across, down = math.cos(math.radians(angle)), -math.sin(math.radians(angle))
-    beside = (x * down - y * across).abs()
+    off_line = (x * down - y * across).abs()
     along = (x * across + y * down).abs()
-    return _normal((1 - beside).clamp_min(0) * (along <= size / 2))
+    return _normal((1 - off_line).clamp_min(0) * (along <= size / 2))
 
 
 def drawn_kernel(picture: Tensor) -> Tensor:
