@@ -198,8 +198,8 @@ class AddedMaps:
 
     def __call__(self, func: Callable, *args: Any, **kwargs: Any) -> Tensor:
         """The host's call of an attention override: ``func`` is the attention function, the rest are its arguments."""
-        ordinary = func if self.previous is None else partial(self.previous, func)
-        out, call = ordinary(*args, **kwargs), Call.of(ordinary, *args, **kwargs)
+        call = Call.overridden(self.previous, func, *args, **kwargs)
+        out = call.func(*args, **kwargs)
         queries, keys = call.lengths
         text = keys - self.size[0] * self.size[1]
         if queries != keys or text <= 0:  # another attention than the joint one
